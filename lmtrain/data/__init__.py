@@ -1,0 +1,1 @@
+"""From raw documents to shards on disk, and from shards to batches that are functions of the step."""

@@ -1,0 +1,1 @@
+"""Arithmetic on log-probabilities: scoring and sampling."""
