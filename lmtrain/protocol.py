@@ -141,6 +141,20 @@ class Spec:
     labels: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process stands among the ranks; read from the environment in one place, run.py.
+
+    address, port: the rendezvous of the process group. local_rank: index of the rank on its host.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 29500
+
+
 class Distribution(Protocol):
     """The next symbol's distribution for each of B rows."""
 
