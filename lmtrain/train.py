@@ -1,0 +1,200 @@
+"""The loop: update, log, evaluate, save, stop on request. It takes finished parts and knows no model and no corpus."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from pydantic import Field, model_validator
+
+from lmtrain.config import Config
+from lmtrain.errors import DivergenceError
+from lmtrain.protocol import Batch, Engine, Score
+
+
+class TrainConfig(Config):
+    """How long to train, and how often to look and to save. `steps` or `tokens` (scored symbols), not both."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="symbols to train on; rounded up to whole steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, order and noise")
+    log_every: int = Field(10, ge=1, description="steps between two rows of metrics")
+    eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 = at the end only")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = at the end only")
+    max_skipped: int = Field(20, ge=1, description="non-finite steps in a row that end the run")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError(
+                f"train.steps = {self.steps} and train.tokens = {self.tokens}: give exactly one of the two"
+            )
+        return self
+
+    def length(self, tokens_per_step: int) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / tokens_per_step)
+
+
+class Source(Protocol):
+    """Where batches come from; a function of the step."""
+
+    def batch(self, step: int, rank: int, world: int) -> list[Batch]:
+        """This rank's micro-batches of the step."""
+        ...
+
+    def total_weight(self, step: int) -> float:
+        """The weight of the whole global batch."""
+        ...
+
+
+class Evaluation(Protocol):
+    """What the loop needs of a held-out result."""
+
+    @property
+    def score(self) -> Score:
+        """The sums over the set."""
+        ...
+
+
+class Watcher(Protocol):
+    """Who is told; rank 0 writes, the others keep silent."""
+
+    def log_step(self, record: Mapping[str, Any]) -> None:
+        """One row of training metrics."""
+        ...
+
+    def log_eval(self, name: str, result: Any, *, step: int, tokens: int) -> None:
+        """One held-out result."""
+        ...
+
+    def alert(self, title: str, text: str) -> None:
+        """Something a person should look at."""
+        ...
+
+    def preempting(self) -> None:
+        """The run was asked to stop and will be started again."""
+        ...
+
+
+class Store(Protocol):
+    """Where checkpoints go."""
+
+    def save(self, engine: Engine, *, step: int, state: dict[str, Any], best: bool = False) -> Any:
+        """One checkpoint, by all ranks."""
+        ...
+
+
+class Stops(Protocol):
+    """Who may ask the run to stop."""
+
+    def requested(self, engine: Engine) -> str | None:
+        """The reason, agreed by all ranks, or None."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands; this, the order's record and the tensors are what a checkpoint holds."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float | None = None
+    best_step: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON mapping that `Progress(**mapping)` reads back."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All that the loop uses. `rate` is the learning rate of a step; `state` is what every checkpoint repeats."""
+
+    engine: Engine
+    source: Source
+    rate: Callable[[int], float]
+    evaluate: Callable[[], Mapping[str, Evaluation]]
+    store: Store
+    watcher: Watcher
+    stops: Stops
+    steps: int
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+
+def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progress, str | None]:
+    """Train from `progress` to `parts.steps`; the reason is None, or why the run was asked to stop.
+
+    Raises DivergenceError after `config.max_skipped` non-finite steps in a row; the last checkpoint stays as it was.
+    """
+    engine, at = parts.engine, progress
+
+    def save(best: bool = False) -> None:
+        parts.store.save(engine, step=at.step, state={**parts.state, "progress": at.to_json()}, best=best)
+
+    while at.step < parts.steps:
+        began = time.perf_counter()
+        batches = parts.source.batch(at.step, engine.rank, engine.world)
+        weight = parts.source.total_weight(at.step)
+        waited = time.perf_counter() - began
+        lr = parts.rate(at.step)
+        report = engine.step(batches, total_weight=weight, lr=lr, step=at.step)
+        at = replace(
+            at,
+            step=at.step + 1,
+            tokens=at.tokens + round(weight),
+            skipped=at.skipped + (not report.applied),
+            skipped_in_a_row=0 if report.applied else at.skipped_in_a_row + 1,
+        )
+        parts.watcher.log_step(
+            {
+                "step": at.step,
+                "steps": parts.steps,
+                "tokens": at.tokens,
+                "loss": report.nats / report.weight,
+                "grad_norm": report.grad_norm,
+                "lr": lr,
+                "applied": report.applied,
+                "skipped": at.skipped,
+                "loss_scale": report.loss_scale,
+                "step_tokens": weight,
+                "step_seconds": time.perf_counter() - began,
+                "data_wait": waited,
+            }
+        )
+        if at.skipped_in_a_row >= config.max_skipped:
+            text = (
+                f"{at.skipped_in_a_row} steps in a row up to step {at.step} had a non-finite loss or gradient and updated "
+                "nothing. Lower optimizer.lr, set optimizer.clip, or look at the data; the last checkpoint is intact"
+            )
+            parts.watcher.alert("training diverged", text)
+            raise DivergenceError(text)
+        last = at.step == parts.steps
+        improved = False
+        if last or (config.eval_every and at.step % config.eval_every == 0):
+            at, improved = _evaluate(parts, at)
+        reason = parts.stops.requested(engine)
+        if last or reason or improved or (config.save_every and at.step % config.save_every == 0):
+            save(best=improved)
+        if reason and not last:
+            parts.watcher.preempting()
+            return at, reason
+    return at, None
+
+
+def _evaluate(parts: Parts, at: Progress) -> tuple[Progress, bool]:
+    """Evaluate every set; the first one decides which checkpoint is the best."""
+    results = parts.evaluate()
+    for name, result in results.items():
+        parts.watcher.log_eval(name, result, step=at.step, tokens=at.tokens)
+    if not results:
+        return at, False
+    value = next(iter(results.values())).score.nats_per_symbol
+    if math.isfinite(value) and (at.best is None or value < at.best):
+        return replace(at, best=value, best_step=at.step), True
+    return at, False
