@@ -169,7 +169,7 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
         )
         if at.skipped_in_a_row >= config.max_skipped:
             text = (
-                f"{at.skipped_in_a_row} steps in a row up to step {at.step} had a non-finite loss or gradient and updated "
+                f"{at.skipped_in_a_row} steps in a row up to step {at.step} were not finite and changed "
                 "nothing. Lower optimizer.lr, set optimizer.clip, or look at the data; the last checkpoint is intact"
             )
             parts.watcher.alert("training diverged", text)
