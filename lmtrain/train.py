@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -162,6 +163,7 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
                 "applied": report.applied,
                 "skipped": at.skipped,
                 "loss_scale": report.loss_scale,
+                "batch": digest(batches),
                 "step_tokens": weight,
                 "step_seconds": time.perf_counter() - began,
                 "data_wait": waited,
@@ -185,6 +187,14 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
             parts.watcher.preempting()
             return at, reason
     return at, None
+
+
+def digest(batches: Sequence[Batch]) -> str:
+    """CRC-32 of this rank's symbols, so that two runs can be seen to have read the same."""
+    crc = 0
+    for batch in batches:
+        crc = zlib.crc32(batch.x_BT.contiguous().numpy().data, crc)
+    return f"{crc:08x}"
 
 
 def _evaluate(parts: Parts, at: Progress) -> tuple[Progress, bool]:

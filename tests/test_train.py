@@ -1,0 +1,164 @@
+"""The loop with parts made by hand: what it calls, when, and what it remembers."""
+
+import math
+
+import pytest
+import torch
+
+from lmtrain.config import build
+from lmtrain.errors import ConfigError, DivergenceError
+from lmtrain.protocol import Batch, Cond, Score, StepReport
+from lmtrain.train import Parts, Progress, TrainConfig, digest, train
+
+
+class Engine:
+    rank, world = 0, 1
+
+    def __init__(self, bad=()):
+        self.bad, self.steps = set(bad), []
+
+    def step(self, batches, *, total_weight, lr, step):
+        self.steps.append((step, lr, total_weight))
+        return StepReport(
+            nats=2.0 * total_weight, weight=total_weight, grad_norm=1.0, applied=step not in self.bad, loss_scale=1.0
+        )
+
+
+class Source:
+    def batch(self, step, rank, world):
+        x = torch.full((2, 3), step)
+        return [Batch(x_BT=x, weight_BT=torch.ones(2, 3), cond=Cond(start_B=torch.zeros(2, dtype=torch.long)))]
+
+    def total_weight(self, step):
+        return 6.0
+
+
+class Held:
+    def __init__(self, nats):
+        self.score = Score(nats=nats, symbols=1.0)
+
+
+class Diary:
+    """Store, watcher and stops in one: writes down what it is told."""
+
+    def __init__(self, stop_at=None):
+        self.rows, self.evals, self.saves, self.alerts, self.preempted = [], [], [], [], 0
+        self.stop_at = stop_at
+
+    def log_step(self, record):
+        self.rows.append(dict(record))
+
+    def log_eval(self, name, result, *, step, tokens):
+        self.evals.append((name, step, tokens))
+
+    def alert(self, title, text):
+        self.alerts.append(text)
+
+    def preempting(self):
+        self.preempted += 1
+
+    def save(self, engine, *, step, state, best=False):
+        self.saves.append((step, best, state["progress"]))
+
+    def requested(self, engine):
+        return "SIGTERM" if self.stop_at is not None and len(self.rows) >= self.stop_at else None
+
+
+def parts(diary, *, steps=10, bad=(), values=(), rate=lambda step: 0.1 * step):
+    values = iter(values)
+    return Parts(
+        engine=Engine(bad),
+        source=Source(),
+        rate=rate,
+        evaluate=lambda: {"valid": Held(next(values, 1.0))},
+        store=diary,
+        watcher=diary,
+        stops=diary,
+        steps=steps,
+        state={"identity": "i"},
+    )
+
+
+def test_a_run_steps_logs_evaluates_and_saves():
+    diary = Diary()
+    made = parts(diary, values=[3.0, 4.0, 2.0])
+    progress, reason = train(made, TrainConfig(steps=10, eval_every=4, save_every=3), Progress())
+    assert reason is None
+    assert [step for step, _, _ in made.engine.steps] == list(range(10))
+    assert [lr for _, lr, _ in made.engine.steps] == [0.1 * step for step in range(10)]
+    assert [row["step"] for row in diary.rows] == list(range(1, 11))
+    assert diary.evals == [("valid", 4, 24), ("valid", 8, 48), ("valid", 10, 60)]
+    # every third step, whenever the held-out value improves (4, 10), and at the end
+    assert [(step, best) for step, best, _ in diary.saves] == [
+        (3, False),
+        (4, True),
+        (6, False),
+        (9, False),
+        (10, True),
+    ]
+    assert progress == Progress(step=10, tokens=60, best=2.0, best_step=10)
+    assert Progress(**diary.saves[-1][2]) == progress
+    assert all(row["loss"] == 2.0 for row in diary.rows)
+
+
+def test_going_on_from_progress_does_the_rest():
+    diary = Diary()
+    made = parts(diary)
+    train(made, TrainConfig(steps=10), Progress(step=7, tokens=42, best=0.5, best_step=3))
+    assert [step for step, _, _ in made.engine.steps] == [7, 8, 9]
+    assert diary.rows[-1]["tokens"] == 60
+    assert diary.saves[-1][:2] == (10, False)
+
+
+def test_a_finished_run_does_nothing():
+    diary = Diary()
+    progress, reason = train(parts(diary), TrainConfig(steps=10), Progress(step=10))
+    assert (progress.step, reason, diary.rows, diary.saves) == (10, None, [], [])
+
+
+def test_a_request_to_stop_saves_at_the_step_boundary():
+    diary = Diary(stop_at=4)
+    progress, reason = train(parts(diary), TrainConfig(steps=10), Progress())
+    assert (progress.step, reason, diary.preempted) == (4, "SIGTERM", 1)
+    assert [step for step, _, _ in diary.saves] == [4]
+
+
+def test_a_request_at_the_last_step_is_no_stop():
+    diary = Diary(stop_at=10)
+    assert train(parts(diary), TrainConfig(steps=10), Progress())[1] is None
+
+
+def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
+    diary = Diary()
+    progress, _ = train(parts(diary, bad={2, 3, 6}), TrainConfig(steps=10, max_skipped=3), Progress())
+    assert (progress.skipped, progress.skipped_in_a_row) == (3, 0)
+    diary = Diary()
+    with pytest.raises(DivergenceError, match="3 steps in a row up to step 6"):
+        train(parts(diary, bad={3, 4, 5}), TrainConfig(steps=10, max_skipped=3), Progress())
+    assert diary.alerts
+    assert diary.saves == []
+
+
+def test_a_non_finite_held_out_value_is_never_the_best():
+    diary = Diary()
+    progress, _ = train(parts(diary, values=[math.nan]), TrainConfig(steps=2), Progress())
+    assert progress.best is None
+    assert diary.saves[-1][1] is False
+
+
+def test_the_digest_sees_every_symbol():
+    batches = Source().batch(3, 0, 1)
+    before = digest(batches)
+    batches[0].x_BT[1, 2] += 1
+    assert digest(batches) != before
+
+
+@pytest.mark.parametrize("tree", [{}, {"steps": 1, "tokens": 1}, {"steps": 0}, {"steps": 1, "max_skipped": 0}])
+def test_bad_lengths(tree):
+    with pytest.raises(ConfigError):
+        build(TrainConfig, tree, where="test")
+
+
+def test_tokens_are_rounded_up_to_whole_steps():
+    assert TrainConfig(tokens=100).length(30) == 4
+    assert TrainConfig(tokens=90).length(30) == 3
