@@ -1,0 +1,301 @@
+"""The checkpoints of a run: which are kept, which one is resumed, and the order of events that makes a save safe.
+
+A checkpoint is the folder `step-00000010`; when step 10 is saved again (after a resume), `step-00000010.2`. It gets
+that name by one rename, after all of it is on disk. Every other name is something else: `step-00000010.<token>.writing`
+(being made), `.removing` (being removed), `.aside` (of a past that the run went back before). A kill at any instant
+leaves the older checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from lmtrain.checkpoint.manifest import Manifest, differences, read_manifest
+from lmtrain.checkpoint.ranks import share, tell, together
+from lmtrain.checkpoint.reader import Reader, check_fits, faults
+from lmtrain.checkpoint.saving import made_by, sync_folder, write_manifest, write_share
+from lmtrain.config import Config
+from lmtrain.errors import CheckpointError
+from lmtrain.protocol import Engine
+
+Which = int | Literal["best"] | None
+"""A step, the best one, or (None) the newest."""
+
+_WHOLE = re.compile(r"step-([0-9]{8,18})(?:\.([1-9][0-9]{0,8}))?")
+_LEFT_OVER = re.compile(r"step-[0-9]{8,18}(?:\.[1-9][0-9]{0,8})?\.[0-9a-f]{12}\.(?:writing|removing)")
+
+
+class CheckpointConfig(Config):
+    """Which checkpoints are kept. The best one and the newest `keep` always are."""
+
+    keep: int = Field(2, ge=2, description="newest checkpoints to keep; at least 2, so that one may be damaged")
+    keep_every: int = Field(0, ge=0, description="keep those whose step is a multiple of this for good; 0 = none")
+    file_mib: int = Field(512, ge=1, description="fragments are written in files of about this size, held in memory")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Saved:
+    """A checkpoint on disk, by its name alone. `generation` counts the times that its step was saved."""
+
+    step: int
+    generation: int
+    path: Path
+
+    def manifest(self) -> Manifest:
+        """Its manifest; CheckpointError naming the file."""
+        return read_manifest(self.path)
+
+
+def _name(step: int, generation: int) -> str:
+    return f"step-{step:08d}" + (f".{generation}" if generation > 1 else "")
+
+
+class Checkpoints:
+    """The checkpoints in one folder. `note` is told, on rank 0, what was passed over or removed and why."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig, *, note: Callable[[str], None] | None = None) -> None:
+        self.folder = folder
+        self.config = config
+        self._note = note or logging.getLogger(__name__).warning
+        self._bad: set[Path] = set()
+        self._is_best: dict[Path, bool] = {}
+        self._resumed: int | None = None
+
+    # ---- reading -----------------------------------------------------------------------------------------------
+
+    def list(self) -> list[Saved]:
+        """All checkpoints by name, oldest first, good or bad; other files in the folder are ignored."""
+        found = []
+        try:
+            names = sorted(os.listdir(self.folder))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot be listed: {error.strerror}") from None
+        for name in names:
+            match = _WHOLE.fullmatch(name)
+            if match and (self.folder / name).is_dir():
+                found.append(Saved(int(match[1]), int(match[2] or 1), self.folder / name))
+        return sorted(found)
+
+    def any(self) -> bool:
+        """Whether there is any checkpoint, good or bad: whether the folder was used."""
+        return bool(self.list())
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that verifies, or None; damaged ones are noted and passed over."""
+        for saved in reversed(self.list()):
+            found = faults(saved.path)
+            if not found:
+                return saved
+            self._pass_over(saved, found)
+        return None
+
+    def find(self, which: Which = None) -> Saved:
+        """The checkpoint of a step, the best or the newest, wholly verified, in one process.
+
+        Raises CheckpointError that names the damaged file, or the steps that there are. Only the newest is passed over
+        when it is damaged: who asks for a step or for the best gets that one or an error.
+        """
+        if which is None:
+            saved = self.newest()
+            if saved is None:
+                raise self._none_left()
+            return saved
+        saved = self._named(which)
+        found = faults(saved.path)
+        if found:
+            raise CheckpointError("; ".join(found[:3]))
+        return saved
+
+    def best(self) -> Saved | None:
+        """The newest one that was saved as the best so far and whose manifest is whole, or None."""
+        for saved in reversed(self.list()):
+            try:
+                if saved.manifest().best:
+                    return saved
+            except CheckpointError:
+                continue
+        return None
+
+    def _named(self, which: int | Literal["best"]) -> Saved:
+        if which == "best":
+            saved = self.best()
+            if saved is None:
+                raise CheckpointError(f"{self.folder} has no checkpoint that was saved as the best; {self._steps()}")
+            return saved
+        of_step = [saved for saved in self.list() if saved.step == which]
+        if not of_step:
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {which}; {self._steps()}")
+        return of_step[-1]
+
+    def _steps(self) -> str:
+        steps = sorted({saved.step for saved in self.list()})
+        return f"its steps are {', '.join(map(str, steps))}" if steps else "it has none at all"
+
+    def _none_left(self) -> CheckpointError:
+        if not self.any():
+            return CheckpointError(f"{self.folder} has no checkpoint; train first, or give another folder")
+        return CheckpointError(f"{self.folder}: no checkpoint verifies ({self._steps()}); each fault was reported")
+
+    def _pass_over(self, saved: Saved, found: Sequence[str]) -> None:
+        self._bad.add(saved.path)
+        more = f" (and {len(found) - 1} more files)" if len(found) > 1 else ""
+        self._note(f"checkpoint {saved.path.name} is passed over: {found[0]}{more}")
+
+    # ---- resuming ----------------------------------------------------------------------------------------------
+
+    def restore(self, engine: Engine, step: Which = None) -> tuple[int, dict[str, Any]]:
+        """Put a checkpoint into the engine; returns (step, the state given when it was saved). Collective.
+
+        The ranks divide the reading of every byte among them first; None takes the newest that verifies. When the
+        world, the machine or the versions are not those that saved, rank 0 notes it: the run goes on, not bit for bit.
+        Raises CheckpointError on all ranks: nothing verifies, the named one is damaged, another model's.
+        """
+        while True:
+            saved = self._choose(engine, step)
+            found = faults(saved.path, part=(engine.rank, engine.world))
+            told = share(engine, found[0] if found else "")
+            bad = sorted({text for text in told if text})
+            if not bad:
+                break
+            if step is not None:
+                raise CheckpointError("; ".join(bad[:3]))
+            self._bad.add(saved.path)
+            if engine.rank == 0:
+                self._pass_over(saved, bad)
+        reader = Reader(saved.path, verified=True)
+        check_fits(saved.path, reader.manifest, engine.model)
+        changed = differences(reader.manifest.made_by, made_by(engine))
+        if changed and engine.rank == 0:
+            self._note(f"{saved.path.name} was saved elsewhere ({'; '.join(changed)}): it goes on, not bit for bit")
+        engine.restore(reader, scalars=reader.manifest.scalars)
+        self._resumed = reader.manifest.step
+        return reader.manifest.step, dict(reader.manifest.state)
+
+    def _choose(self, engine: Engine, which: Which) -> Saved:
+        """The next candidate, chosen by rank 0 alone: listings of a shared file system may differ for a while."""
+        chosen: list[Saved] = []
+
+        def choose() -> None:
+            if engine.rank:
+                return
+            if which is not None:
+                chosen.append(self._named(which))
+                return
+            untried = [saved for saved in self.list() if saved.path not in self._bad]
+            if not untried:
+                raise self._none_left()
+            chosen.append(untried[-1])
+
+        together(engine, choose, what="nothing to resume")
+        step, generation = tell(engine, (chosen[0].step, chosen[0].generation) if chosen else (0, 0))
+        return Saved(step, generation, self.folder / _name(step, generation))
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, engine: Engine, *, step: int, state: Mapping[str, Any], best: bool = False) -> Path:
+        """Save the engine and `state` (JSON values, the same on every rank) as the checkpoint of `step`. Collective.
+
+        Returns the checkpoint's folder, complete and on disk. Raises CheckpointError on all ranks, naming the rank and
+        its trouble, when any of them failed; what was made is removed then and older checkpoints are as they were.
+        """
+        (token,) = tell(engine, (secrets.randbits(48),))
+        aside = self.folder / f"{_name(step, 1)}.{token:012x}.writing"
+        generation = 0
+
+        def begin() -> None:
+            if engine.rank == 0:
+                if not self.folder.is_dir():
+                    self.folder.mkdir(parents=True)
+                    sync_folder(self.folder.parent)
+                self._sweep()
+                aside.mkdir()
+
+        def write() -> None:
+            write_share(engine, aside, file_bytes=self.config.file_mib * 2**20, state=state)
+
+        def finish() -> None:
+            nonlocal generation
+            if engine.rank == 0:
+                write_manifest(engine, aside, step=step, best=best, state=state)
+                self._leave_past()
+                generation = max((saved.generation for saved in self.list() if saved.step == step), default=0) + 1
+                os.rename(aside, self.folder / _name(step, generation))
+                sync_folder(self.folder)
+
+        what = f"checkpoint of step {step} was not saved, older ones are intact"
+        try:
+            for act in (begin, write, finish):
+                together(engine, act, what=what)
+        except CheckpointError:
+            if engine.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        (generation,) = tell(engine, (generation,))
+        if engine.rank == 0:
+            self._is_best[self.folder / _name(step, generation)] = best
+            self._prune(Saved(step, generation, self.folder / _name(step, generation)))
+        return self.folder / _name(step, generation)
+
+    def _leave_past(self) -> None:
+        """After going back to a checkpoint, what was saved later is of another past: never resumed, never removed."""
+        if self._resumed is None:
+            return
+        for saved in self.list():
+            if saved.step > self._resumed:
+                self._rename(saved, "aside")
+                self._note(f"checkpoint {saved.path.name} lies after step {self._resumed} that was resumed: set aside")
+        self._resumed = None
+
+    def _prune(self, new: Saved) -> None:
+        """Remove what need not be kept. What goes wrong here is noted: the new checkpoint is safe already."""
+        try:
+            present = self.list()
+            good = {saved.step: saved for saved in present if saved == new or self._looks_good(saved)}
+            whole = list(good.values())
+            latest = whole[-self.config.keep :]
+            keep = {new, *latest}
+            if self.config.keep_every:
+                keep |= {saved for saved in whole if saved.step % self.config.keep_every == 0}
+            keep |= set([saved for saved in whole if self._is_best[saved.path]][-1:])
+            for saved in present:
+                # A damaged one stays to be looked at until enough good ones are newer.
+                if saved not in keep and (saved.step in good or saved.step < latest[0].step):
+                    shutil.rmtree(self._rename(saved, "removing"))
+        except (OSError, CheckpointError) as error:
+            self._note(f"old checkpoints in {self.folder} could not be removed: {error}")
+
+    def _looks_good(self, saved: Saved) -> bool:
+        """By manifest and sizes, unless a restore has found it damaged; looked up once, checkpoints do not change."""
+        if saved.path in self._bad:
+            return False
+        if saved.path not in self._is_best:
+            if faults(saved.path, contents=False):
+                return False
+            self._is_best[saved.path] = saved.manifest().best
+        return True
+
+    def _rename(self, saved: Saved, ending: str) -> Path:
+        """Take its name from a checkpoint at once, so that nothing half removed can be taken for one."""
+        away = self.folder / f"{saved.path.name}.{secrets.randbits(48):012x}.{ending}"
+        os.rename(saved.path, away)
+        sync_folder(self.folder)
+        return away
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left."""
+        for name in os.listdir(self.folder):
+            path = self.folder / name
+            if _LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
