@@ -159,7 +159,7 @@ class Block(nn.Module):
     def forward(
         self,
         h_BTD: Tensor,
-        turn: tuple[Tensor, Tensor] | None,
+        turn: Tensor | None,
         mask: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:

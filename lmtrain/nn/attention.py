@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmtrain.nn.linear import Linear
-from lmtrain.nn.norms import RMSNorm
+from lmtrain.nn.norms import rms_norm
 from lmtrain.nn.rotary import rotate
 
 
@@ -45,6 +45,21 @@ class KeyValueCache:
         self.length += inputs
 
 
+class QKNorm(nn.Module):
+    """RMS norm of every query and key, with one gain a channel for queries and one for keys [3], in one pass."""
+
+    def __init__(self, head: int, *, heads: int, kv_heads: int, eps: float) -> None:
+        super().__init__()
+        self.q_weight = nn.Parameter(torch.ones(head))
+        self.k_weight = nn.Parameter(torch.ones(head))
+        self.heads, self.kv_heads, self.eps = heads, kv_heads, eps
+
+    def forward(self, qk_BTHd: Tensor) -> Tensor:
+        """[B, T, heads + kv_heads, d], queries first."""
+        weight_Hd = torch.cat([self.q_weight.expand(self.heads, -1), self.k_weight.expand(self.kv_heads, -1)])
+        return rms_norm(qk_BTHd, weight_Hd, eps=self.eps)
+
+
 class Attention(nn.Module):
     """softmax(q k / sqrt(d)) v over the past, then the output map; queries, keys and values are one product."""
 
@@ -67,30 +82,30 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.head = heads, kv_heads, width // heads
         self.dropout = dropout
         self.qkv = Linear(width, (heads + 2 * kv_heads) * self.head, bias=bias, std=std)
-        self.q_norm = RMSNorm(self.head, eps=eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head, eps=eps) if qk_norm else None
+        self.qk_norm = QKNorm(self.head, heads=heads, kv_heads=kv_heads, eps=eps) if qk_norm else None
         self.out = Linear(width, width, bias=bias, std=out_std)
 
     def forward(
         self,
         h_BTD: Tensor,
         *,
-        turn: tuple[Tensor, Tensor] | None = None,
+        turn: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """[B, T, D]. `turn`: rotary (cos, sin) of the T positions. `mask`: bool [B, 1, T, T], else plainly causal.
+        """[B, T, D]. `turn`: rotary turns of the T positions. `mask`: bool [B, 1, T, T], else plainly causal.
 
         With a cache the T positions follow the cached ones.
         """
         B, T, D = h_BTD.shape
         qkv_BTHd = self.qkv(h_BTD).view(B, T, -1, self.head)
-        q, k, v = qkv_BTHd.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        qk_BTHd, v = qkv_BTHd.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if self.qk_norm is not None:
+            qk_BTHd = self.qk_norm(qk_BTHd)
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            qk_BTHd = rotate(qk_BTHd, turn)
+        q, k = qk_BTHd.split([self.heads, self.kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             past = cache.length

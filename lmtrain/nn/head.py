@@ -66,24 +66,26 @@ class _LogProb(torch.autograd.Function):
         with torch.autocast(h_ND.device.type, enabled=False):
             a_ND, w_VD = _operands(h_ND, weight_RD[:alphabet])
             out_N = torch.empty(N, dtype=_wide(a_ND.dtype), device=h_ND.device)
-            lse_N = torch.empty_like(out_N)
-            p_NV = None
+            top_N, total_N = torch.empty_like(out_N), torch.empty_like(out_N)
+            kept_NV = None
             for at in range(0, N, rows):
                 piece = slice(at, at + rows)
                 logit_nV = _product(a_ND[piece], w_VD.t())
-                lse_N[piece] = torch.logsumexp(logit_nV, dim=1)
-                out_N[piece] = logit_nV.gather(1, x_N[piece, None])[:, 0] - lse_N[piece]
-                if keep:
-                    p_NV = logit_nV.sub_(lse_N[:, None]).exp_()
+                top_n = logit_nV.amax(dim=1)
+                given_n = logit_nV.gather(1, x_N[piece, None])[:, 0]
+                kept_NV = logit_nV.sub_(top_n[:, None]).exp_()
+                total_n = kept_NV.sum(dim=1)
+                out_N[piece] = (given_n - top_n) - total_n.log()
+                top_N[piece], total_N[piece] = top_n, total_n
         # The whole matrix is saved, not a slice of it: the engine may free and gather it between the passes.
-        ctx.save_for_backward(h_ND, weight_RD, x_N, lse_N, p_NV)
+        ctx.save_for_backward(h_ND, weight_RD, x_N, top_N, total_N, kept_NV if keep else None)
         ctx.alphabet, ctx.rows = alphabet, rows
         return out_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        h_ND, weight_RD, x_N, lse_N, p_NV = ctx.saved_tensors
+        h_ND, weight_RD, x_N, top_N, total_N, kept_NV = ctx.saved_tensors
         N, alphabet, rows = h_ND.shape[0], ctx.alphabet, ctx.rows
         with torch.autocast(h_ND.device.type, enabled=False):
             a_ND, w_VD = _operands(h_ND, weight_RD[:alphabet])
@@ -92,10 +94,11 @@ class _LogProb(torch.autograd.Function):
             for at in range(0, N, rows):
                 piece = slice(at, at + rows)
                 g_n1 = grad_N[piece, None]
-                if p_NV is None:
-                    d_nV = _product(a_ND[piece], w_VD.t()).sub_(lse_N[piece, None]).exp_().mul_(-g_n1)
+                scale_n1 = -g_n1 / total_N[piece, None]
+                if kept_NV is None:
+                    d_nV = _product(a_ND[piece], w_VD.t()).sub_(top_N[piece, None]).exp_().mul_(scale_n1)
                 else:
-                    d_nV = p_NV * -g_n1
+                    d_nV = kept_NV * scale_n1
                 d_nV.scatter_add_(1, x_N[piece, None], g_n1)
                 d_nV = d_nV.to(a_ND.dtype)
                 dh_ND[piece] = d_nV @ w_VD

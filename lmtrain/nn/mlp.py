@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lmtrain.nn.linear import Linear
 
@@ -34,8 +36,31 @@ class MLP(nn.Module):
             gate_BTF, value_BTF = a_BTF.chunk(2, dim=-1)
             a_BTF = F.silu(gate_BTF) * value_BTF
         elif self.activation == "relu2":
-            a_BTF = F.relu(a_BTF).square()
+            a_BTF = squared_relu(a_BTF)
         else:
             a_BTF = F.gelu(a_BTF, approximate="tanh" if self.activation == "gelu-tanh" else "none")
         out_BTD: Tensor = self.down(a_BTF)
         return out_BTD
+
+
+def squared_relu(a: Tensor) -> Tensor:
+    """max(a, 0)^2 [3]."""
+    out: Tensor = _SquaredReLU.apply(a)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """2 max(a, 0) is the derivative: two passes backwards, where the composition of relu and square takes five."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        positive = F.relu(a)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        out: Tensor = (grad * positive).mul_(2.0)
+        return out
