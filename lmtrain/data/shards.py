@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lmtrain.data.corpus import PreparedCorpus, PreparedSplit, open_corpus
+from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.data.layout import (
     BUCKETS,
     DOCUMENT,
@@ -47,7 +47,6 @@ __all__ = [
     "DOCUMENT",
     "GROUPS",
     "PreparedCorpus",
-    "PreparedSplit",
     "document_hash",
     "finish",
     "finished_block",

@@ -1,0 +1,340 @@
+"""Batches as a function of (step, rank, world): no iterator, no state, nothing to save but the step.
+
+The global batch of a step is `global_batch` rows at positions [step * global_batch, (step + 1) * global_batch) of the
+run; order.py says which rows stand there. Micro-batch k is rows [k * micro_batch, (k + 1) * micro_batch) of it, and
+rank r reads k = a * world + r for accumulation index a, so the union over ranks is the same for every world size.
+
+Shapes: B rows of a micro-batch, G rows of the global batch, T symbols of a row, C corpora.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from lmtrain.config import Config
+from lmtrain.data import order
+from lmtrain.errors import ConfigError, CorpusError
+from lmtrain.protocol import Batch, Cond, Corpus
+
+POSITIONS = 8192
+"""Rows whose places are computed in one call and kept: permuting thousands costs little more than permuting a few."""
+
+
+class CorpusShare(Config):
+    """One corpus of a mixture."""
+
+    path: str = Field(min_length=1, description="folder of the prepared corpus")
+    weight: int = Field(1, ge=1, description="rows of this corpus among `sum of weights` rows")
+
+
+class DataConfig(Config):
+    """What a run reads, and how rows make batches. `global_batch` and `micro_batch` count rows."""
+
+    corpus: Annotated[
+        Annotated[str, Tag("path"), Field(min_length=1)] | Annotated[tuple[CorpusShare, ...], Tag("mixture")],
+        Discriminator(lambda value: "path" if isinstance(value, str) else "mixture"),
+    ] = Field(description="folder of a prepared corpus, or a mixture [{path, weight}, ...]")
+    context: int = Field(256, ge=1, description="symbols a row: inputs, and scored symbols")
+    global_batch: int = Field(32, ge=1, description="rows an optimizer step, over all ranks")
+    micro_batch: int | None = Field(None, ge=1, description="rows a forward pass; null = global_batch / ranks")
+    block_windows: int = Field(1, ge=1, description="rows that stay together in the order; 1 = fully random")
+    document_masking: bool = Field(False, description="cut attention and state where a document begins")
+    prefetch: bool = Field(True, description="read the next step's batch in a thread meanwhile")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataConfig:
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            near = _multiples(self.global_batch, self.micro_batch)
+            raise ValueError(
+                f"data.global_batch = {self.global_batch} is no multiple of data.micro_batch = {self.micro_batch}; "
+                f"use {near}"
+            )
+        if not self.shares:
+            raise ValueError("data.corpus is an empty list; name at least one corpus")
+        paths = [os.path.normpath(share.path) for share in self.shares]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        if twice:
+            raise ValueError(f"data.corpus names {twice[0]} more than once; give it once, with the sum of the weights")
+        return self
+
+    @property
+    def shares(self) -> tuple[CorpusShare, ...]:
+        """The mixture; one corpus is a mixture of one."""
+        return (CorpusShare(path=self.corpus, weight=1),) if isinstance(self.corpus, str) else self.corpus
+
+    def layout(self, world: int) -> tuple[int, int]:
+        """(micro_batch, accumulation) on `world` ranks; ConfigError names the numbers that would do."""
+        rows = self.global_batch
+        if self.micro_batch is None:
+            if rows % world:
+                raise ConfigError(
+                    f"data.global_batch = {rows} does not divide among {world} ranks; use {_multiples(rows, world)}"
+                )
+            return rows // world, 1
+        if rows % (self.micro_batch * world):
+            fits = [m for m in range(1, rows // world + 1) if rows % (m * world) == 0]
+            near = min(fits, key=lambda m: (abs(m - (self.micro_batch or 0)), m)) if fits else None
+            also = f", or data.micro_batch = {near}" if near else ""
+            together = self.micro_batch * world
+            raise ConfigError(
+                f"data.global_batch = {rows} does not divide into data.micro_batch = {self.micro_batch} x {world} ranks"
+                f" = {together} rows; use {_multiples(rows, together)}{also}"
+            )
+        return self.micro_batch, rows // (self.micro_batch * world)
+
+
+def _multiples(number: int, of: int) -> str:
+    """The multiples of `of` next to `number`."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+class Loader:
+    """Batches of a mixture of corpora; `batch` and `total_weight` are pure functions of their arguments.
+
+    corpora: those of `config.corpus`, opened, in its order. masking: default `config.document_masking`.
+    Raises CorpusError: corpora of different alphabets or tokenizers, one corpus twice, an empty split.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        config: DataConfig,
+        *,
+        seed: int,
+        split: str = "train",
+        masking: bool | None = None,
+    ) -> None:
+        if len(corpora) != len(config.shares):
+            raise ConfigError(f"{len(corpora)} corpora were opened, data.corpus names {len(config.shares)}")
+        _check_mixture(corpora)
+        self.config = config
+        self.masking = config.document_masking if masking is None else masking
+        self._splits = [corpus.split(split) for corpus in corpora]
+        self._mixture = order.Mixture([share.weight for share in config.shares])
+        self._shuffles = [
+            order.Shuffle(
+                part.rows(config.context), block=config.block_windows, seed=seed, source=f"{corpus.fingerprint}/{split}"
+            )
+            for corpus, part in zip(corpora, self._splits, strict=True)
+        ]
+        self._record = {
+            "data.order": order.VERSION,
+            "train.seed": seed,
+            "data.split": split,
+            "data.context": config.context,
+            "data.global_batch": config.global_batch,
+            "data.block_windows": config.block_windows,
+            "data.corpus": [
+                {"fingerprint": corpus.fingerprint, "weight": int(weight)}
+                for corpus, weight in zip(corpora, self._mixture.weights_C, strict=True)
+            ],
+        }
+        self._kept: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def layout(self, world: int) -> tuple[int, int]:
+        """(rows of a micro-batch, accumulation) on `world` ranks; ConfigError names the numbers that would do."""
+        return self.config.layout(world)
+
+    def micro_batches(self, world: int) -> int:
+        """Micro-batches of a rank and step (the accumulation)."""
+        return self.layout(world)[1]
+
+    def batch(self, step: int, rank: int, world: int) -> list[Batch]:
+        """This rank's micro-batches of a step, in order of accumulation.
+
+        Raises CorpusError when symbols lie in a damaged file, ConfigError when the batch does not divide among ranks.
+        """
+        micro, accumulation = self.layout(world)
+        corpus_G, row_G = self.places(step)
+        out = []
+        for turn in range(accumulation):
+            index = (turn * world + rank) * micro
+            batch = self._rows(corpus_G[index : index + micro], row_G[index : index + micro])
+            out.append(replace(batch, index=index) if index else batch)
+        return out
+
+    def total_weight(self, step: int) -> float:
+        """Sum of the weights of the whole global batch, without reading a symbol."""
+        corpus_G, row_G = self.places(step)
+        total = 0
+        for number, split in enumerate(self._splits):
+            rows = row_G if len(self._splits) == 1 else row_G[corpus_G == number]
+            total += int(split.row_symbols(rows, self.config.context).sum())
+        return float(total)
+
+    def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(corpus, row of its split), int64 [G] each, of the global batch of a step."""
+        if step < 0:
+            raise ConfigError(f"there is no step {step}; steps count from 0")
+        rows = self.config.global_batch
+        steps = max(1, POSITIONS // rows)
+        chunk, at = divmod(step, steps)
+        kept = self._kept
+        if kept is None or kept[0] != chunk:
+            # Two threads may both come here; each then keeps what is right, and the later one stays.
+            position = np.arange(chunk * steps * rows, (chunk + 1) * steps * rows, dtype=np.int64)
+            kept = self._kept = (chunk, *self._locate(position))
+        here = slice(at * rows, (at + 1) * rows)
+        return kept[1][here], kept[2][here]
+
+    def _locate(self, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        corpus_N, own_N = self._mixture.locate(position_N)
+        row_N = np.empty_like(own_N)
+        for number, shuffle in enumerate(self._shuffles):
+            these = corpus_N == number
+            row_N[these] = shuffle.rows(own_N[these])
+        return corpus_N, row_N
+
+    def _rows(self, corpus_B: np.ndarray, row_B: np.ndarray) -> Batch:
+        """Rows of one or several corpora as one batch, in the order given."""
+        context = self.config.context
+        if len(self._splits) == 1:
+            return self._splits[0].fetch(row_B, context, masking=self.masking)
+        parts = [
+            (torch.from_numpy(at), split.fetch(row_B[at], context, masking=self.masking))
+            for number, split in enumerate(self._splits)
+            if len(at := np.flatnonzero(corpus_B == number))
+        ]
+        return _interleave(parts)
+
+    def order_record(self) -> dict[str, Any]:
+        """What fixes the order, by config key, as JSON values: for the run's folder, and `compare_order`."""
+        return dict(self._record)
+
+    def prefetching(self) -> Prefetch:
+        """The same loader with a thread that reads one step ahead (without one if `data.prefetch` is off)."""
+        return Prefetch(self, threads=1 if self.config.prefetch else 0)
+
+
+def _check_mixture(corpora: Sequence[Corpus]) -> None:
+    first = corpora[0]
+    seen: dict[str, Corpus] = {}
+    for corpus in corpora:
+        twin = seen.setdefault(corpus.fingerprint, corpus)
+        if twin is not corpus:
+            raise CorpusError(f"{twin.path} and {corpus.path} are the same corpus; give it once, with a larger weight")
+        for what, ours, theirs in (
+            ("kind", first.kind, corpus.kind),
+            ("tokenizer sha256", _tokenizer(first), _tokenizer(corpus)),
+            ("alphabet", first.alphabet, corpus.alphabet),
+            ("end symbol", first.bos, corpus.bos),
+            ("grid", first.grid, corpus.grid),
+        ):
+            if ours != theirs:
+                raise CorpusError(
+                    f"{corpus.path} cannot be mixed with {first.path}: its {what} is {theirs}, the other's is {ours}; "
+                    "prepare both with the same tokenizer (prepare.tokenizer.path)"
+                )
+
+
+def _tokenizer(corpus: Corpus) -> str | None:
+    sha256: str | None = (corpus.manifest.get("tokenizer") or {}).get("sha256")
+    return sha256
+
+
+def _interleave(parts: Sequence[tuple[torch.Tensor, Batch]]) -> Batch:
+    """One batch whose rows `at` are those of each part."""
+    at = torch.cat([where for where, _ in parts])
+    back = torch.empty_like(at)
+    back[at] = torch.arange(len(at))
+
+    def rows(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+        given = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(given)[back] if given else None
+
+    def need(tensors: list[torch.Tensor | None]) -> torch.Tensor:
+        out = rows(tensors)
+        assert out is not None
+        return out
+
+    return Batch(
+        x_BT=need([part.x_BT for _, part in parts]),
+        weight_BT=need([part.weight_BT for _, part in parts]),
+        cond=Cond(
+            need([part.cond.start_B for _, part in parts]),
+            rows([part.cond.first_BT for _, part in parts]),
+            rows([part.cond.label_B for _, part in parts]),
+        ),
+        position_B=rows([part.position_B for _, part in parts]),
+    )
+
+
+class Prefetch:
+    """A loader whose next step is read while this one is computed: a thread that asks for `step + 1`.
+
+    The thread holds no position: any step may be asked for, one that was not expected is read at once. An error of the
+    thread is raised by the call that asks for its step. `waited` is the seconds that the last `batch` call took, and
+    `waited_in_all` their sum. Use it as a context manager, or `close` it.
+    """
+
+    def __init__(self, loader: Loader, *, threads: int = 1) -> None:
+        self.loader = loader
+        self.waited = 0.0
+        self.waited_in_all = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lmtrain-data") if threads else None
+        self._next: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
+
+    def batch(self, step: int, rank: int, world: int) -> list[Batch]:
+        """`Loader.batch`, and step + 1 is begun."""
+        began = time.perf_counter()
+        asked = (step, rank, world)
+        if self._next is not None and self._next[0] == asked:
+            batches = self._next[1].result()
+        else:
+            batches = self.loader.batch(*asked)
+        if self._pool is not None:
+            following = (step + 1, rank, world)
+            self._next = (following, self._pool.submit(self.loader.batch, *following))
+        self.waited = time.perf_counter() - began
+        self.waited_in_all += self.waited
+        return batches
+
+    def total_weight(self, step: int) -> float:
+        """`Loader.total_weight`."""
+        return self.loader.total_weight(step)
+
+    def close(self) -> None:
+        """Let the thread finish what it reads, and end it; `batch` works on without it."""
+        pool, self._pool, self._next = self._pool, None, None
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def compare_order(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Refuse to go on with another order: ConfigError names the key that changed, both values, and what to do.
+
+    recorded: the `order_record()` that the run began with. present: the one that it would have now.
+    """
+    for key in [*recorded, *(key for key in present if key not in recorded)]:
+        before, now = recorded.get(key), present.get(key)
+        if before != now:
+            raise ConfigError(
+                f"{key} was {_short(before)} when this run began and is {_short(now)} now: other batches would come; "
+                "set it back, or start a new run under another run.name"
+            )
+
+
+def _short(value: Any) -> str:
+    """A value of the record as a person reads it: fingerprints by their first digits."""
+    if isinstance(value, list):
+        return "[" + ", ".join(f"{part['fingerprint'][:12]} x {part['weight']}" for part in value) + "]"
+    return str(value)

@@ -1,0 +1,199 @@
+"""A split of a prepared corpus read as one sequence of symbols and cut into rows.
+
+Shapes: B rows, T symbols of a row, D documents, E extents (contiguous runs of one token file), K blocks, R runs of
+columns. Positions, offsets and lengths are int64 counts of symbols.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lmtrain.data.layout import FIELDS, runs
+from lmtrain.protocol import Batch, Cond
+
+if TYPE_CHECKING:
+    from lmtrain.data.corpus import PreparedCorpus
+
+
+class PreparedSplit:
+    """An ordered set of cells read as one sequence of symbols; implements `protocol.Split`.
+
+    symbols, documents, words, bytes: counts without the dropped documents. The sequence goes through the blocks in
+    order and in each block through the columns in order.
+    """
+
+    def __init__(self, corpus: PreparedCorpus, name: str, columns_K: np.ndarray) -> None:
+        self.name = name
+        self.corpus = corpus
+        self._runs = runs(columns_K)
+        dropped = corpus.dropped()
+        self._dropped = dropped[np.isin(dropped["column"].astype(np.int64), columns_K)]
+        low = [[corpus.index(field, lo) for lo, _ in self._runs] for field in range(len(FIELDS))]
+        high = [[corpus.index(field, hi) for _, hi in self._runs] for field in range(len(FIELDS))]
+        low_FRK = np.array(low, np.int64).reshape(len(FIELDS), len(self._runs), corpus.blocks)
+        high_FRK = np.array(high, np.int64).reshape(low_FRK.shape)
+        count = (high_FRK - low_FRK).sum(axis=(1, 2))
+        self.symbols = int(count[0]) - int(self._dropped["symbols"].sum())
+        self.documents = int(count[1]) - len(self._dropped)
+        self.bytes = int(count[2]) - int(self._dropped["bytes"].sum())
+        self.words = int(count[3]) - int(self._dropped["words"].sum())
+        self._rows_RK = (low_FRK[1], high_FRK[1])
+        self._cut(low_FRK[0].T, high_FRK[0].T)
+
+    def _cut(self, low_KR: np.ndarray, high_KR: np.ndarray) -> None:
+        """Lay out the extents: runs of the token files, broken at dropped documents.
+
+        Beginnings are those of runs and the ends of holes; ends are those of runs and the beginnings of holes. Extents
+        are disjoint, so the sorted beginnings pair with the sorted ends.
+        """
+        blocks, runs_a_block = low_KR.shape
+        block = np.repeat(np.arange(blocks, dtype=np.int64), runs_a_block)
+        hole_block = self._dropped["block"].astype(np.int64)
+        hole_low = self._dropped["offset"].astype(np.int64)
+        hole_high = hole_low + self._dropped["symbols"].astype(np.int64)
+        whose = np.concatenate([block, hole_block])
+        begin = np.concatenate([low_KR.ravel(), hole_high])
+        end = np.concatenate([high_KR.ravel(), hole_low])
+        by_begin = np.lexsort((begin, whose))
+        block, begin, end = whose[by_begin], begin[by_begin], end[np.lexsort((end, whose))]
+        some = end > begin
+        self._block_E = block[some]
+        self._offset_E = begin[some]
+        length_E = (end - begin)[some]
+        self._start_E = np.concatenate([np.zeros(1, np.int64), np.cumsum(length_E)])  # [E + 1]
+        self._shift_E = self._offset_E - self._start_E[:-1]  # from a position to the offset in the token file
+        assert self._start_E[-1] == self.symbols
+
+    def __repr__(self) -> str:
+        return f"PreparedSplit({self.name!r}, symbols={self.symbols}, documents={self.documents})"
+
+    def rows(self, context: int) -> int:
+        """How many rows of `context` symbols the split has; the last one may be padded."""
+        return -(-self.symbols // context)
+
+    def row_symbols(self, index_N: np.ndarray, context: int) -> np.ndarray:
+        """int64 [N]: how many symbols of each row are scored, without reading one; 0 for a padding row (-1)."""
+        index_N = np.asarray(index_N, np.int64)
+        out: np.ndarray = np.clip(self.symbols - index_N * context, 0, context)
+        out[index_N < 0] = 0
+        return out
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """int64 symbols of [start, stop) of the concatenation; IndexError outside of it."""
+        if not 0 <= start <= stop <= self.symbols:
+            raise IndexError(f"[{start}, {stop}) is not inside the {self.symbols} symbols of split {self.name!r}")
+        out = np.empty(stop - start, self.corpus.dtype)
+        self._copy(start, out)
+        return out.astype(np.int64)
+
+    def start_symbol(self, position: int) -> int:
+        """The symbol before `position`; the end symbol (= BOS) before position 0."""
+        return int(self.read(position - 1, position)[0]) if position else self.corpus.bos
+
+    def document_ends(self) -> np.ndarray:
+        """int64 [D]: end position in the concatenation of each document, ascending. Reads the document tables."""
+        lengths = []
+        low_RK, high_RK = self._rows_RK
+        gone = self._dropped["block"].astype(np.int64)
+        for block in range(self.corpus.blocks):
+            if not (high_RK[:, block] > low_RK[:, block]).any():
+                continue
+            table = self.corpus.documents(block)
+            keep = np.zeros(len(table), np.bool_)
+            for low, high in zip(low_RK[:, block].tolist(), high_RK[:, block].tolist(), strict=True):
+                keep[low:high] = True
+            keep[self._dropped["row"][gone == block].astype(np.int64)] = False
+            lengths.append(table["symbols"][keep].astype(np.int64))
+        return np.cumsum(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
+
+    def fetch(self, index_B: np.ndarray, context: int, *, masking: bool = False) -> Batch:
+        """The rows `index_B` (int64; -1 = a padding row of weight 0) as a Batch of int64 [B, context].
+
+        Raises CorpusError when a symbol lies in a damaged file, IndexError for a row that the split does not have.
+        """
+        position_B = np.asarray(index_B, np.int64) * context
+        extent_B = self._start_E.searchsorted(position_B, "right") - 1
+        inside_B = position_B - self._start_E.take(extent_B, mode="clip")
+        room_B = self._start_E.take(extent_B + 1, mode="clip") - position_B
+        block_B = self._block_E.take(extent_B, mode="clip")
+        offset_B = position_B + self._shift_E.take(extent_B, mode="clip")
+
+        size = self.corpus.dtype.itemsize
+        width = (context + 1) * size
+        symbols = np.empty((len(position_B), context + 1), self.corpus.dtype)  # column 0: the symbol before the row
+        view = symbols.data.cast("B") if symbols.size else memoryview(b"")
+        short: list[tuple[int, int]] = []
+        where = zip(inside_B.tolist(), room_B.tolist(), block_B.tolist(), offset_B.tolist(), strict=True)
+        for at, (inside, room, block, offset) in enumerate(where):
+            if inside > 0 and room >= context:  # the row and the symbol before it lie in one extent: one read
+                self.corpus.tokens(block).fill(view[at * width : (at + 1) * width], (offset - 1) * size)
+            else:
+                count = self._row(symbols[at], int(position_B[at]))
+                if count < context:
+                    short.append((at, count))
+
+        weight_BT = torch.ones(len(position_B), context)
+        for at, count in short:
+            weight_BT[at, count:] = 0.0
+            if not count:
+                position_B[at] = -1
+        return Batch(
+            x_BT=torch.from_numpy(symbols[:, 1:].astype(np.int64)),
+            weight_BT=weight_BT,
+            cond=Cond(
+                torch.from_numpy(symbols[:, 0].astype(np.int64)),
+                self._first(position_B, context) if masking else None,
+            ),
+            position_B=torch.from_numpy(position_B),
+        )
+
+    def _row(self, row: np.ndarray, position: int) -> int:
+        """Fill [start symbol, row] from any position, with zeros behind; returns how many symbols are real."""
+        context = len(row) - 1
+        if position >= self.symbols or position < -context:
+            given = f"row {position // context} of {context} symbols was asked for"
+            raise IndexError(f"{given}; split {self.name!r} has {self.rows(context)}")
+        count = 0 if position < 0 else min(context, self.symbols - position)
+        row[0] = self.corpus.bos
+        row[count + 1 :] = 0
+        before = 1 if position > 0 else 0
+        if count:
+            self._copy(position - before, row[1 - before : count + 1])
+        return count
+
+    def _copy(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (one-dimensional, of the corpus's type) with the symbols from `start` on."""
+        size = self.corpus.dtype.itemsize
+        view = out.data.cast("B")
+        for block, offset, done, count in self._pieces(start, len(out)):
+            self.corpus.tokens(block).fill(view[done * size : (done + count) * size], offset * size)
+
+    def _pieces(self, start: int, count: int) -> list[tuple[int, int, int, int]]:
+        """[start, start + count) as (block, offset in its file, symbols before it, symbols)."""
+        out = []
+        done = 0
+        extent = int(np.searchsorted(self._start_E, start, side="right")) - 1
+        while done < count:
+            inside = start + done - int(self._start_E[extent])
+            some = min(count - done, int(self._start_E[extent + 1]) - start - done)
+            out.append((int(self._block_E[extent]), int(self._offset_E[extent]) + inside, done, some))
+            done += some
+            extent += 1
+        return out
+
+    def _first(self, position_B: np.ndarray, context: int) -> torch.Tensor:
+        """bool [B, T]: symbol t begins a document."""
+        first_BT = np.zeros((len(position_B), context), np.bool_)
+        for row, position in zip(first_BT, position_B.tolist(), strict=True):
+            count = 0 if position < 0 else min(context, self.symbols - position)
+            for block, offset, done, some in self._pieces(max(position, 0), count):
+                begins = self.corpus.documents(block)["offset"]
+                at = bisect_left(begins, offset)
+                while at < len(begins) and begins[at] < offset + some:
+                    row[done + int(begins[at]) - offset] = True
+                    at += 1
+        return torch.from_numpy(first_BT)
