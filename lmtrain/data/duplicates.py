@@ -200,5 +200,5 @@ def duplicates(hash_D2: U64, split_D: NDArray[np.uint8], names: Sequence[str]) -
     train = np.flatnonzero(split_D == 0)
     first = np.zeros(len(order), dtype=bool)
     first[train[np.unique(kind_D[train], return_index=True)[1]]] = True
-    held = present[1:].any(axis=0)[kind_D]
+    held: NDArray[np.bool_] = np.logical_or.reduce(present[1:], axis=0)[kind_D]
     return Duplicates(within, across, (split_D == 0) & (~first | held))
