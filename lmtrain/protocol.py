@@ -206,6 +206,16 @@ class Model(nn.Module):
         """A stream over `batch` rows. The default recomputes the prefix."""
         raise TypeError(f"{type(self).__name__} does not define stream")
 
+    def flops_per_symbol(self, context: int) -> float:
+        """Training FLOPs a symbol in rows of `context` (forward and backward, matrix products); 0 where not known."""
+        return 0.0
+
+    def parameter_counts(self) -> dict[str, int]:
+        """`total` and `without_embeddings` (input and output embeddings left out)."""
+        total = sum(p.numel() for p in self.parameters())
+        embeddings = sum(p.numel() for name, p in self.named_parameters() if "embed" in name or "lm_head" in name)
+        return {"total": total, "without_embeddings": total - embeddings}
+
 
 @runtime_checkable
 class Carries(Protocol):

@@ -1,0 +1,91 @@
+"""The one YAML schema: every section's model lives beside what it configures; here they become a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from lmtrain import models
+from lmtrain.checkpoint import CheckpointConfig
+from lmtrain.config import Config, build, override, read_yaml
+from lmtrain.data.loader import DataConfig
+from lmtrain.data.prepare import PrepareConfig
+from lmtrain.engine import EngineConfig, OptimizerConfig, ScheduleConfig
+from lmtrain.errors import ConfigError
+from lmtrain.inference.score import EvalConfig
+from lmtrain.models import ModelConfig
+from lmtrain.tracker import WandbConfig
+from lmtrain.train import TrainConfig
+
+
+class RunSection(Config):
+    """Where a run lives. Its folder is `dir/name`; the name defaults to the config file's."""
+
+    dir: str = Field("runs", min_length=1, description="folder of runs")
+    name: str | None = Field(None, min_length=1, description="folder of this run below `dir`")
+    resume: Literal["auto", "never", "required"] = Field("auto", description="go on from the newest valid checkpoint?")
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str | None) -> str | None:
+        if name is not None and (name in {".", ".."} or "/" in name):
+            raise ValueError(f"run.name = {name!r} is no folder name; put the path into run.dir")
+        return name
+
+
+class RunConfig(Config):
+    """A whole config file. `prepare` makes `data.corpus` when it is absent; `laws` is read by tests alone."""
+
+    run: RunSection = RunSection()
+    train: TrainConfig | None = None
+    prepare: PrepareConfig | None = None
+    data: DataConfig
+    model: SerializeAsAny[ModelConfig] | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    wandb: WandbConfig = WandbConfig()
+    laws: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_kind(cls, tree: Any) -> Any:
+        if tree is None or isinstance(tree, ModelConfig):
+            return tree
+        try:
+            return models.parse(tree)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir) / (self.run.name or "run")
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The config in a file, with `a.b=c` overrides; ConfigError in one line when anything in it cannot be run."""
+    tree = override(read_yaml(path), overrides)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict) and run.get("name") is None:
+        run["name"] = path.stem
+    return build(RunConfig, tree, where=str(path))
+
+
+def need_train(config: RunConfig) -> tuple[TrainConfig, ModelConfig]:
+    """The sections that training cannot do without."""
+    if config.train is None:
+        raise ConfigError("train is not given; say at least train.steps or train.tokens")
+    return config.train, need_model(config)
+
+
+def need_model(config: RunConfig) -> ModelConfig:
+    """The model's section."""
+    if config.model is None:
+        raise ConfigError("model is not given; say at least model.kind, one of " + ", ".join(models.kinds()))
+    return config.model
