@@ -1,0 +1,223 @@
+"""What an evaluation found, with everything that its numbers depend on: they are never printed without it.
+
+Shapes in names: K denominators of the interval.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lmtrain.inference.interval import LABEL, MIN_UNITS, Interval
+from lmtrain.protocol import LN2, Score
+
+DEFINITIONS = {
+    "symbols": "every symbol of the set exactly once, including one end symbol per document",
+    "nats": "minus the sum of ln p over the scored symbols, added in float64",
+    "perplexity": "exp(nats / symbols), per token of this tokenizer",
+    "bits_per_byte": "nats / (ln 2 * raw bytes); the end symbols' nats count, their bytes are 0",
+    "word_perplexity": "exp(nats / words), words separated by ASCII white space",
+    "word_perplexity_eos": "exp(nats / (words + lines)), the PTB and WikiText count with one <eos> a line",
+    "bits_per_dim": "nats / (ln 2 * dimensions)",
+    "mode window": "rows of `context` symbols that do not overlap, each begun from the symbol before it",
+    "mode sliding": "rows of `context` symbols every `stride`; a row scores what the rows before it did not",
+    "mode carried": "the state starts at zero at each document's start and is carried to its end; context null",
+    "interval": "bootstrap of the ratio of sums over units drawn with replacement: " + LABEL,
+}
+"""What each number means, as printed with --json and in docs/evaluation.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One split under one model.
+
+    score: the sums; `words` is 0 for a subset. mode, context, stride: how rows were cut (context None: from each
+    document's start; stride None: not sliding). share: scored symbols / symbols of the split, 1 when complete.
+    documents: those with a scored symbol. lines: None where they were not counted. exact: whether the code length is
+    that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
+    be drawn from.
+    """
+
+    name: str
+    corpus: str
+    fingerprint: str
+    split: str
+    score: Score
+    mode: str
+    context: int | None
+    stride: int | None
+    masking: bool
+    share: float
+    documents: int
+    unit: str
+    units: int
+    interval: Interval | None
+    exact: bool = False
+    lines: float | None = None
+    tokenizer: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every symbol of the split was scored."""
+        return self.share == 1
+
+    @property
+    def word_perplexity_eos(self) -> float | None:
+        """exp(nats / (words + lines)), the count of PTB and WikiText; None where words were not counted."""
+        if not self.score.words or self.lines is None:
+            return None
+        return Score(nats=self.score.nats, words=self.score.words + self.lines).word_perplexity
+
+    @property
+    def how(self) -> str:
+        """Mode, context and stride in a few words."""
+        if self.mode == "carried":
+            return "mode carried, context from each document's start"
+        text = f"mode {self.mode}, context {self.context}"
+        text += f", stride {self.stride}" if self.stride is not None else ""
+        return text + (", attention cut at documents" if self.masking else "")
+
+    @property
+    def interval_note(self) -> str:
+        """What the interval covers, or why there is none."""
+        if self.interval is None:
+            if self.units < MIN_UNITS:
+                return f"none: {self.units} {self._units()}, fewer than {MIN_UNITS}"
+            return "none: the sums are not finite"
+        note = f"{self.interval.level:.0%}, bootstrap over {self.units:,} {self._units()}"
+        if self.interval.groups < self.units:
+            note += f" in {self.interval.groups:,} groups of neighbours"
+        return f"{note}; {self.interval.label}"
+
+    @property
+    def bits_note(self) -> str | None:
+        """Whether bits per byte is the code length of the text; None where there are no bytes."""
+        if not self.score.bytes:
+            return None
+        if self.exact:
+            return "exact: every text has one segmentation"
+        return "canonical segmentation: an upper bound; exact for bytes, and characters without byte fallback"
+
+    def bounds(self, name: str) -> tuple[float, float] | None:
+        """Both bounds of nats_per_symbol, perplexity, bits_per_byte or bits_per_dim; None without an interval."""
+        if self.interval is None or getattr(self.score, name) is None:
+            return None
+        k = 1 if name == "bits_per_byte" else 0
+        low, high = self.interval.low_K[k], self.interval.high_K[k]
+        if name == "perplexity":
+            return Score(low, 1.0).perplexity, Score(high, 1.0).perplexity
+        scale = 1.0
+        if name == "bits_per_byte":
+            scale = LN2
+        elif name == "bits_per_dim":
+            scale = LN2 * self.score.dims / self.score.symbols
+        return low / scale, high / scale
+
+    def _units(self) -> str:
+        return self.unit if self.units == 1 else _PLURAL.get(self.unit, self.unit + "s")
+
+    def metrics(self) -> dict[str, float]:
+        """loss (nats a symbol), perplexity, bits_per_byte, bits_per_dim: those that there are, for logging."""
+        score = self.score
+        values = {
+            "loss": score.nats_per_symbol,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "bits_per_dim": score.bits_per_dim,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON mapping with every definition; numbers that are not finite become null."""
+        score = self.score
+        interval: dict[str, Any] | None = None
+        if self.interval is not None:
+            interval = {
+                "level": self.interval.level,
+                "unit": self.unit,
+                "units": self.units,
+                "groups": self.interval.groups,
+                "replicates": self.interval.replicates,
+                "covers": self.interval.label,
+            }
+            for name in ("nats_per_symbol", "perplexity", "bits_per_byte", "bits_per_dim"):
+                found = self.bounds(name)
+                interval[name] = None if found is None else [_finite(found[0]), _finite(found[1])]
+        return {
+            "set": self.name,
+            "corpus": self.corpus,
+            "fingerprint": self.fingerprint,
+            "split": self.split,
+            "tokenizer": self.tokenizer,
+            "mode": self.mode,
+            "context": self.context,
+            "stride": self.stride,
+            "document_masking": self.masking,
+            "complete": self.complete,
+            "share": self.share,
+            "symbols": _count(score.symbols),
+            "documents": self.documents,
+            "bytes": _count(score.bytes) or None,
+            "words": _count(score.words) or None,
+            "lines": None if self.lines is None else _count(self.lines),
+            "dims": _count(score.dims) or None,
+            "nats": _finite(score.nats),
+            "nats_per_symbol": _finite(score.nats_per_symbol),
+            "perplexity": _finite(score.perplexity),
+            "bits_per_byte": _finite(score.bits_per_byte),
+            "bits_per_byte_is": self.bits_note,
+            "word_perplexity": _finite(score.word_perplexity),
+            "word_perplexity_eos": _finite(self.word_perplexity_eos),
+            "bits_per_dim": _finite(score.bits_per_dim),
+            "interval": interval,
+            "interval_note": self.interval_note,
+            "definitions": DEFINITIONS,
+        }
+
+    def describe(self) -> str:
+        """A plain table: one number a line, each with its interval, under a line that says how it was made."""
+        score = self.score
+        rows: list[tuple[str, str, str]] = []
+
+        def number(label: str, value: float | None, name: str | None = None, note: str = "") -> None:
+            if value is None:
+                return
+            found = None if name is None else self.bounds(name)
+            text = note if found is None else f"[{found[0]:.4f}, {found[1]:.4f}]  {note}"
+            rows.append((label, f"{value:.4f}", text))
+
+        rows.append(("symbols", f"{score.symbols:,.0f}", f"one end symbol for each document; {self._share()}"))
+        rows.append(("documents", f"{self.documents:,}", ""))
+        if score.bytes:
+            rows.append(("raw bytes", f"{score.bytes:,.0f}", ""))
+        if score.words:
+            rows.append(("words", f"{score.words:,.0f}", "separated by white space"))
+        number("nats", score.nats)
+        number("nats per symbol", score.nats_per_symbol, "nats_per_symbol")
+        number("perplexity (token)", score.perplexity, "perplexity")
+        number("bits per byte", score.bits_per_byte, "bits_per_byte", self.bits_note or "")
+        number("perplexity (word)", score.word_perplexity)
+        number("perplexity (word, <eos>)", self.word_perplexity_eos, None, "PTB and WikiText count, one <eos> a line")
+        number("bits per dim", score.bits_per_dim, "bits_per_dim")
+        wide = max(len(value) for _, value, _ in rows)
+        lines = [f"{self.corpus} {self.split}: {self.how}"]
+        lines += [f"  {label:<24} {value:>{wide}}  {note}".rstrip() for label, value, note in rows]
+        lines.append(f"  {'interval':<24} {self.interval_note}")
+        return "\n".join(lines)
+
+    def _share(self) -> str:
+        if self.complete:
+            return "every symbol once"
+        return f"A SUBSET: {self.share:.2%} of the split, fixed by hash"
+
+
+_PLURAL = {"block of 2,048 symbols": "blocks of 2,048 symbols"}
+
+
+def _count(value: float) -> float | int:
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
