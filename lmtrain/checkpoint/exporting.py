@@ -86,8 +86,14 @@ class _Pieces:
         self._reader, self._name, self._kind, self._dtype = reader, name, kind, dtype
 
     def __iter__(self) -> Iterator[Tensor]:
+        buffer = torch.empty(0, dtype=self._dtype)
         for piece in self._reader.stream(self._name, self._kind):
-            yield piece.to(self._dtype)
+            if piece.dtype == self._dtype:
+                yield piece
+                continue
+            if buffer.numel() < piece.numel():
+                buffer = torch.empty(piece.numel(), dtype=self._dtype)
+            yield buffer[: piece.numel()].copy_(piece)
 
 
 def _divide(tensors: list[Outgoing], part_bytes: int) -> list[list[Outgoing]]:

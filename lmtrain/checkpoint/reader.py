@@ -117,18 +117,27 @@ class Reader:
                 f"it has {record.numel} (shape {list(record.shape)})"
             )
         out = torch.empty(numel, dtype=DTYPES[record.dtype])
-        for file, first, count in record.pieces:
-            low, high = max(start, first), min(start + numel, first + count)
-            if low < high:
-                stored = self._stored(record, file, first, count)
-                tensorfile.read_into(self.path / file, stored, out[low - start : high - start], start=low - first)
+        self._fill(record, start, out)
         return out
 
     def stream(self, name: str, kind: str) -> Iterator[Tensor]:
-        """The whole tensor as consecutive one-dimensional pieces of bounded size."""
+        """The whole tensor as consecutive one-dimensional pieces of bounded size; each is overwritten by the next."""
         record = self._record(name, kind)
-        for start, numel in tensorfile.chunks(record.numel, DTYPES[record.dtype]):
-            yield self.read(name, kind, start, numel)
+        buffer = torch.empty(0, dtype=DTYPES[record.dtype])
+        for start, numel in tensorfile.chunks(record.numel, buffer.dtype):
+            if not start:  # one buffer: an allocator that is given large pieces in turn leaves holes between them
+                buffer = torch.empty(numel, dtype=buffer.dtype)
+            piece = buffer[:numel]
+            self._fill(record, start, piece)
+            yield piece
+
+    def _fill(self, record: TensorRecord, start: int, out: Tensor) -> None:
+        stop = start + out.numel()
+        for file, first, count in record.pieces:
+            low, high = max(start, first), min(stop, first + count)
+            if low < high:
+                stored = self._stored(record, file, first, count)
+                tensorfile.read_into(self.path / file, stored, out[low - start : high - start], start=low - first)
 
     def _record(self, name: str, kind: str) -> TensorRecord:
         record = self._tensors.get((name, kind))
