@@ -1,0 +1,136 @@
+"""What a rank owns of each named tensor, and how it is saved and restored: the same for every engine and ZeRO stage.
+
+A piece is a run of elements of one named parameter in fp32, lying somewhere in a tensor that the optimizer updates.
+Moments lie in the optimizer's state of that tensor at the same place. Pieces of different ranks never overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmtrain.errors import CheckpointError
+from lmtrain.protocol import Fragment, FragmentReader
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements [start, start + numel) of the flattened parameter `name`: `home.view(-1)[offset : offset + numel]`.
+
+    home: the fp32 tensor that the optimizer updates, or a frozen parameter's data. moments: names of the tensors in the
+    optimizer's state of `home` that belong to it; empty for a frozen parameter. copies: how many ranks hold this same
+    piece; each of them saves its share, and each restores all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    home: Tensor
+    offset: int
+    moments: tuple[str, ...] = ()
+    copies: int = 1
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The piece's elements of a tensor that is laid out as `home`."""
+        return flat.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def share(numel: int, rank: int, world: int) -> tuple[int, int]:
+    """(start, count) of rank's share of `numel` elements that every rank holds whole; shares are disjoint and cover."""
+    size = -(-numel // world)
+    start = min(rank * size, numel)
+    return start, min(size, numel - start)
+
+
+def replicated(
+    named: Iterable[tuple[str, Tensor]],
+    homes: Mapping[str, Tensor],
+    moments: Mapping[str, tuple[str, ...]],
+    *,
+    copies: int,
+) -> list[Piece]:
+    """One piece for each whole parameter; `homes` where the master weights are not the parameter itself."""
+    return [
+        Piece(name, tuple(p.shape), 0, p.numel(), homes.get(name, p), 0, moments.get(name, ()), copies)
+        for name, p in named
+    ]
+
+
+def fill_state(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
+    """Create the zero moments that the optimizer would create in its first step, where it has none yet."""
+    for piece in pieces:
+        state = optimizer.state[piece.home] if piece.moments else {}
+        for moment in piece.moments:
+            if moment not in state:
+                state[moment] = torch.zeros_like(piece.home.detach(), memory_format=torch.preserve_format)
+        if "exp_avg" in piece.moments and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=piece.home.device)
+
+
+def fragments(
+    pieces: Sequence[Piece],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    *,
+    rank: int,
+) -> Iterator[Fragment]:
+    """All fragments of this rank: fp32 weights, moments and, on rank 0, persistent buffers, as copies on the CPU."""
+    fill_state(optimizer, pieces)
+    for piece in pieces:
+        first, count = share(piece.numel, rank, piece.copies) if piece.copies > 1 else (0, piece.numel)
+        if count == 0:
+            continue
+        state = optimizer.state[piece.home] if piece.moments else {}
+        tensors = {"weight": piece.home} | {moment: state[moment] for moment in piece.moments}
+        for kind, tensor in tensors.items():
+            data = piece.of(tensor).narrow(0, first, count).to("cpu", torch.float32, copy=True)
+            yield Fragment(piece.name, kind, piece.shape, piece.start + first, data)
+    if rank == 0:
+        for name, buffer in buffers(model).items():
+            yield Fragment(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1).to("cpu", copy=True))
+
+
+def restore(
+    pieces: Sequence[Piece], optimizer: torch.optim.Optimizer, model: nn.Module, reader: FragmentReader, *, steps: int
+) -> None:
+    """Read weights, moments and buffers; `steps` is the optimizer's count. All are looked for before any is read.
+
+    Raises CheckpointError naming the first tensor that is missing or has another shape.
+    """
+    wanted = [(p.name, kind, p.shape) for p in pieces for kind in ("weight", *p.moments)]
+    wanted += [(name, "buffer", tuple(buffer.shape)) for name, buffer in buffers(model).items()]
+    for name, kind, shape in wanted:
+        if not reader.has(name, kind):
+            raise CheckpointError(
+                f"the checkpoint has no {kind} of {name}; it belongs to another model or another optimizer.kind"
+            )
+        if reader.shape(name, kind) != shape:
+            raise CheckpointError(
+                f"{kind} of {name} has shape {list(reader.shape(name, kind))} in the checkpoint, "
+                f"{list(shape)} in the model"
+            )
+    fill_state(optimizer, pieces)
+    with torch.no_grad():
+        for piece in pieces:
+            state = optimizer.state[piece.home] if piece.moments else {}
+            piece.of(piece.home).copy_(reader.read(piece.name, "weight", piece.start, piece.numel))
+            for moment in piece.moments:
+                piece.of(state[moment]).copy_(reader.read(piece.name, moment, piece.start, piece.numel))
+            if "step" in state:
+                state["step"].fill_(steps)
+        for name, buffer in buffers(model).items():
+            buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).view(buffer.shape))
+
+
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers by name (what a state dict would hold besides parameters)."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found

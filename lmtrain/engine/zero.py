@@ -1,0 +1,212 @@
+"""DeepSpeed ZeRO on any number of ranks: the only module that imports deepspeed.
+
+The loss of a step is total nats / total weight of the global batch, whatever the ranks' weights are: DeepSpeed averages
+over ranks, so a micro-batch's loss is nats * world / total weight, not divided by the accumulation steps again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lmtrain.engine import microbatch, optimizer, pieces, rendezvous, stages
+from lmtrain.engine.ds_config import deepspeed_json
+from lmtrain.engine.optimizer import OptimizerConfig
+from lmtrain.engine.plain import device_of
+from lmtrain.engine.settings import EngineConfig
+from lmtrain.errors import EngineError
+from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport
+
+
+class ZeroEngine:
+    """See protocol.Engine. Collective: every rank makes the same calls in the same order."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Model,
+        *,
+        optimizer_config: OptimizerConfig,
+        place: Place,
+        micro_batch: int,
+        accumulation: int,
+        seed: int,
+    ) -> None:
+        self.rank, self.world = place.rank, place.world
+        self.device = device_of(config, place)
+        self.config, self.optimizer_config, self.seed = config, optimizer_config, seed
+        self.optimizer_steps = 0
+        self.skipped_steps = 0
+        self.deepspeed_json = deepspeed_json(
+            config, optimizer_config, micro_batch=micro_batch, accumulation=accumulation, world=place.world
+        )
+        deepspeed = _prepare(place, self.device, timeout=config.timeout)
+        if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise EngineError(
+                f"engine.precision = fp16 is not supported on {self.device.type}; use fp32, or bf16 on a GPU"
+            )
+        self.control = rendezvous.join(place, self.device, timeout=config.timeout)
+        if config.activation_checkpointing:
+            microbatch.checkpoint_activations(model)
+        named = list(model.named_parameters())
+        grouped = optimizer.groups(optimizer_config, named)
+        moments = {n: optimizer.moments(optimizer_config, g) for g in grouped for n in g["names"]}
+        self.optimizer = optimizer.build(optimizer_config, grouped)
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_json)
+        self.model = model
+        self.stage = self._stage(named, moments)
+        if config.compile:
+            self.engine.compile()
+
+    def _stage(self, named: stages.Named, moments: stages.Moments) -> stages.Stage:
+        stage = self.config.zero_stage
+        if stage == 0:
+            clip = self.optimizer_config.clip
+            return stages.Stage0(self.engine, named, world=self.world, moments=moments, clip=clip)
+        kind: type[stages.Stage12] | type[stages.Stage1Bf16] | type[stages.Stage3]
+        if stage == 3:
+            kind = stages.Stage3
+        elif hasattr(self.engine.optimizer, "fp32_groups_flat_partition"):
+            kind = stages.Stage1Bf16
+        else:
+            kind = stages.Stage12
+        group = dist.group.WORLD if self.world > 1 else None
+        return kind(self.engine, named, rank=self.rank, world=self.world, moments=moments, group=group)
+
+    def step(self, batches: Sequence[Batch], *, total_weight: float, lr: float, step: int) -> StepReport:
+        """One optimizer step; see protocol.Engine."""
+        self.engine.train()
+        nats = microbatch.Nats()
+        for i, given in enumerate(batches):
+            self.engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+            batch = given.to(self.device)
+            logp_BT = microbatch.forward(self.engine, batch, seed=self.seed, step=step)
+            nats.add(logp_BT, batch.weight_BT)
+            loss = microbatch.loss(logp_BT, batch.weight_BT, scale=self.world / total_weight)
+            self.engine.backward(loss, scale_wrt_gas=False)
+        total, scaled = self._agree_on(nats.value(), microbatch.norm(self.stage.gradients()))
+        scale = self._loss_scale()
+        finite = math.isfinite(total) and math.isfinite(scaled)
+        optimizer.set_rates(self.optimizer, self.optimizer_config, lr=lr, step=step)
+        self.stage.step(scaled if finite else math.nan)
+        applied = bool(self.engine.was_step_applied()) and finite
+        assert applied == finite, "DeepSpeed and we disagree whether the step was applied"
+        self.optimizer_steps += applied
+        self.skipped_steps += not applied
+        return StepReport(nats=total, weight=total_weight, grad_norm=scaled / scale, applied=applied, loss_scale=scale)
+
+    def _agree_on(self, nats: float, norm: float) -> tuple[float, float]:
+        """The sum of nats over ranks, and the norm of the whole gradient; the same two numbers on every rank."""
+        square = norm * norm if self.stage.divided or self.rank == 0 else 0.0
+        total, square = (float(x) for x in self.add(np.array([nats, square])))
+        return total, math.sqrt(square)
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "loss_scale", 1.0)) if self.config.precision == "fp16" else 1.0
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Model]:
+        """The model in evaluation mode, without gradients. At stage 3 all ranks must call it alike."""
+        was = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield self.model
+        finally:
+            self.model.train(was)
+
+    def add(self, values: np.ndarray) -> np.ndarray:
+        """float64 sum over ranks."""
+        total = torch.from_numpy(np.array(values, dtype=np.float64))
+        if self.control is not None:
+            dist.all_reduce(total, group=self.control)
+        out: np.ndarray = total.numpy()
+        return out
+
+    def agree(self, flag: int) -> int:
+        """The largest flag of any rank."""
+        largest = torch.tensor([flag], dtype=torch.int64)
+        if self.control is not None:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns; see protocol.Engine."""
+        return pieces.fragments(self.stage.pieces, self.optimizer, self.model, rank=self.rank)
+
+    def restore(self, reader: FragmentReader, *, scalars: Mapping[str, Any]) -> None:
+        """Read what this rank needs, whatever the ranks and the stage were that saved it."""
+        steps = int(scalars["optimizer_steps"])
+        pieces.restore(self.stage.pieces, self.optimizer, self.model, reader, steps=steps)
+        self.stage.publish()
+        self.optimizer_steps, self.skipped_steps = steps, int(scalars["skipped_steps"])
+        saved = scalars.get("loss_scale")
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        if saved and self.config.precision == "fp16":
+            for name, value in saved.items():
+                setattr(scaler, name, value)
+
+    def scalars(self) -> dict[str, Any]:
+        """Optimizer steps, skipped steps and, in fp16, the state of the loss scale."""
+        scale = None
+        if self.config.precision == "fp16":
+            scaler = self.engine.optimizer.loss_scaler
+            names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+            scale = {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+        return {
+            "optimizer_steps": self.optimizer_steps,
+            "skipped_steps": self.skipped_steps,
+            "loss_scale": scale,
+        }
+
+    def close(self) -> None:
+        """Leave the process group. Without the other ranks: a rank that failed leaves alone."""
+        from deepspeed import comm
+
+        if dist.is_initialized():
+            self.engine.destroy()
+            comm.destroy_process_group()
+            self.control = None
+
+
+def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
+    """Import deepspeed so that it asks for nothing, builds nothing, prints nothing on stdout and keeps the time-out."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    for name, value in (
+        ("RANK", place.rank),
+        ("WORLD_SIZE", place.world),
+        ("LOCAL_RANK", place.local_rank),
+        ("MASTER_ADDR", place.address),
+        ("MASTER_PORT", place.port),
+    ):
+        os.environ[name] = str(value)
+    import deepspeed
+    from deepspeed.comm.torch import TorchBackend
+    from deepspeed.utils import logger
+
+    # Only its own inference kernels use this extension, and building it takes 46 s and a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    limit = timedelta(seconds=timeout)
+    # ZeRO's groups would wait 30 minutes, whatever the default group was given.
+    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=limit)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stderr)
+    logger.addFilter(_quiet)
+    return deepspeed
+
+
+def _quiet(record: logging.LogRecord) -> bool:
+    """Drop the warnings that tell what we chose, or what our own metrics report."""
+    text = record.getMessage()
+    return "untested optimizer" not in text and "OVERFLOW" not in text
