@@ -116,14 +116,17 @@ def write_block(
             checks_name(number): write_file(folder / checks_name(number), crc32c_per_mib(data)),
         },
     }
-    write_file(_marker(folder, number), canonical(info))
+    write_file(_marker(folder, number), canonical({**info, "fingerprint": fingerprint(info)}))
     return info
 
 
 def finished_block(folder: Path, number: int) -> dict[str, Any] | None:
     """What `write_block` returned for a block that is whole on disk; None when it must be written (again)."""
     try:
-        info: dict[str, Any] = json.loads(_marker(folder, number).read_bytes())
+        data = _marker(folder, number).read_bytes()
+        info: dict[str, Any] = json.loads(data)
+        if data != canonical(info) or info.pop("fingerprint") != fingerprint(info):
+            return None
         for name, entry in info["files"].items():
             if (folder / name).stat().st_size != entry["size"] or file_sha256(folder / name) != entry["sha256"]:
                 return None
