@@ -16,6 +16,7 @@ NOTE: the segmentation is that of chunks (`sample.chunks`), not of the whole doc
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -83,10 +84,9 @@ class SentencePiece(Tokenizer):
             if not content:
                 raise ValueError("it is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, ValueError, TypeError) as error:
+            pieces, self._byte_ids_256 = self._tables(where)
+        except (RuntimeError, ValueError, IndexError) as error:  # also the UnicodeDecodeError of a piece
             raise TokenizerError(f"{where} is not a SentencePiece model ({error}); it may be damaged") from None
-        pieces, bytes_256 = self._tables(where)
-        self._byte_ids_256 = bytes_256
         super().__init__(pieces=pieces, end=self._model.eos_id(), content=content, recipe=recipe)
         if self.decode(np.asarray(self._model.encode(_PROBE), dtype=np.int64)) != _PROBE.encode():
             raise TokenizerError(
@@ -249,12 +249,16 @@ def load(path: Path | str, *, sha256: str | None = None) -> Tokenizer:
         raise TokenizerError(f"no tokenizer {path}; tokenizers/ holds ready ones") from None
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from None
-    tokenizer = _parse(content, recipe=recipe, path=path)
-    if recipe is not None and tokenizer.sha256 != recipe["sha256"]:
+    found = hashlib.sha256(content).hexdigest()
+    # Before anything is parsed: a damaged model may well parse.
+    if recipe is not None and found != recipe["sha256"]:
         raise TokenizerError(
-            f"{path} has sha256 {tokenizer.sha256[:12]}..., its recipe says {str(recipe['sha256'])[:12]}...: "
+            f"{path} has sha256 {found[:12]}..., its recipe says {str(recipe['sha256'])[:12]}...: "
             "it is damaged or not the one of the recipe"
         )
+    tokenizer = _parse(content, recipe=recipe, path=path)
+    if tokenizer.sha256 != found:
+        raise TokenizerError(f"{path} is not as it was saved: it was edited or damaged")
     if sha256 is not None and tokenizer.sha256 != sha256:
         raise TokenizerError(
             f"{path} has sha256 {tokenizer.sha256[:12]}..., wanted {sha256[:12]}...: "
