@@ -54,6 +54,10 @@ def test_what_only_looks_like_an_exponent_is_a_string(text):
     assert parse_yaml(text, where="t") == text
 
 
+def test_only_true_and_false_are_booleans():
+    assert parse_yaml("[true, False, on, no, y]", where="t") == [True, False, "on", "no", "y"]
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

@@ -177,10 +177,10 @@ def _fix_steps(out: Console, folder: Path, config: Path, name: str, *, seconds: 
             f"a step takes {1000 * step_seconds:.0f} ms here (median of {WARMUP}): {steps} steps in {seconds:.0f} s"
         )
         return steps
-    steps = use.config_of(folder / name).train
-    assert steps is not None
+    trained = use.config_of(folder / name).train
+    assert trained is not None
     out.print(f"{folder / name} is there already; going on with it (remove the folder to begin anew)")
-    return steps.steps or 1
+    return trained.steps or 1
 
 
 def _gpt(out: Console, folder: Path, config: Path, *, seconds: float) -> Trained:
