@@ -223,6 +223,7 @@ class Stage3(Flat):
 
     @torch.no_grad()
     def publish(self) -> None:
+        self.zero._partition_all_parameters()  # what stays gathered between steps would not be gathered again
         for i in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(i)
         if self.zero.persistent_parameters:
