@@ -5,7 +5,7 @@ In `<out>.partial`, which one preparation at a time holds by flock:
   survey     hash and count every document, resolve the split, gather the held-out 13-grams
   leakage    look for them in the training documents; decide what is dropped
   tokenizer  train it on what is left of the train split, or take an existing one; all decisions go to plan.json
-  tokens     write block after block (shards.py)
+  tokens     write block after block (writer.py)
 then index and manifest, and the folder is renamed to `<out>`. Survey, leakage and tokens run in worker processes. What
 was killed goes on where it was: the source is read again and compared, the plan and the finished blocks are kept.
 
@@ -32,11 +32,11 @@ from lmtrain.data import blocks, stages
 from lmtrain.data.blocks import Progress, RawBlock, Workers, silent
 from lmtrain.data.layout import MANIFEST
 from lmtrain.data.plan import Plan, Planner, digest, planned_source
-from lmtrain.data.shards import finish, finished_block, open_corpus
 from lmtrain.data.sources import SourceConfig, documents
 from lmtrain.data.splits import NAMES, SplitConfig
 from lmtrain.data.tokenizer import TokenizerConfig
 from lmtrain.data.workplace import Workplace, clear, friendly
+from lmtrain.data.writer import finish, finished_block
 from lmtrain.errors import ConfigError, CorpusError
 
 __all__ = ["PrepareConfig", "Prepared", "Progress", "SplitConfig", "prepare", "train_tokenizer"]
@@ -165,6 +165,8 @@ def train_tokenizer(config: PrepareConfig, out: Path | str, *, progress: Progres
 
 
 def _report(path: Path, *, reused: bool) -> Prepared:
+    from lmtrain.data.corpus import open_corpus  # needs torch, which the processes that prepare start without
+
     corpus = open_corpus(path)
     return Prepared(path, corpus.fingerprint, reused, dict(corpus.manifest))
 

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from lmtrain.data import duplicates
 from lmtrain.data.blocks import RawBlock, load, raw_path
 from lmtrain.data.layout import BUCKETS, document_hash, smallest_dtype
-from lmtrain.data.shards import finished_block, write_block
 from lmtrain.data.splits import Division
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.data.tokenizer import load as load_tokenizer
+from lmtrain.data.writer import finished_block, write_block
 
 TOKENIZER = "tokenizer"
 HELD_OUT, FOUND = "heldout.bin", "found.bin"
