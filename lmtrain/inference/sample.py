@@ -109,16 +109,15 @@ def bend(logp_BV: Tensor, config: SampleConfig) -> Tensor:
     return torch.log_softmax(logp_BV.masked_fill(~kept_BV, -torch.inf), dim=-1)
 
 
-def quantile(logp_BV: Tensor, noise_B: np.ndarray) -> np.ndarray:
+def quantile(logp_BV: Tensor, noise_B: np.ndarray) -> Tensor:
     """int64 [B]: the symbol at quantile `noise_B` of each row, in alphabetical order; never one of probability 0."""
-    reached_BV = logp_BV.double().exp().cumsum(dim=-1).cpu().numpy()
-    out = np.zeros(len(noise_B), dtype=np.int64)
-    for b, (reached_V, u) in enumerate(zip(reached_BV, noise_B, strict=True)):
-        at = int(np.searchsorted(reached_V, u * reached_V[-1], side="right"))
-        # u * total may round up to the total: the last symbol with a probability is the first that reaches it.
-        last = int(np.searchsorted(reached_V, reached_V[-1], side="left"))
-        out[b] = min(at, last, len(reached_V) - 1)
-    return out
+    reached_BV = logp_BV.double().exp().cumsum(dim=-1)
+    total_B1 = reached_BV[:, -1:]
+    cut_B1 = torch.from_numpy(noise_B)[:, None] * total_B1
+    at_B1 = torch.searchsorted(reached_BV, cut_B1, right=True)
+    # noise * total may round up to the total: the last symbol with a probability is the first that reaches it.
+    last_B1 = (reached_BV < total_B1).sum(dim=-1, keepdim=True)
+    return torch.minimum(at_B1, last_B1)[:, 0]
 
 
 @torch.no_grad()
@@ -209,7 +208,8 @@ def _draw(
     noise_BR = np.zeros((count, 0))
     for t in range(config.max_symbols):
         if t % _BLOCK == 0:
-            noise_BR = np.stack([noise(config.seed, sample=i, start=t, count=_BLOCK) for i in numbers])
+            ahead = min(_BLOCK, config.max_symbols - t)
+            noise_BR = np.stack([noise(config.seed, sample=i, start=t, count=ahead) for i in numbers])
         now = stream.distribution()
         x_B = _choose(now, noise_BR[:, t % _BLOCK], config=config, device=device)
         ln_p_B = now.log_prob(x_B).double().cpu().numpy()
@@ -242,7 +242,7 @@ def _choose(now: Distribution, noise_B: np.ndarray, *, config: SampleConfig, dev
     """int64 [B] on the device."""
     if config.own:
         return now.sample(torch.from_numpy(noise_B).to(device))
-    return torch.from_numpy(quantile(bend(now.log_pmf(), config), noise_B)).to(device)
+    return quantile(bend(now.log_pmf(), config), noise_B).to(device)
 
 
 class TextStream:

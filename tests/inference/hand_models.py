@@ -181,7 +181,7 @@ class Pieces(Bytes):
     pieces = [bytes([b]) for b in range(256)] + [
         "é".encode(),
         b"the",
-        " the".encode(),
+        b" the",
         "▁".encode(),
         b"\n\n",
         b"abcdef",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from lmtrain.inference.result import Result
 Add = Callable[[np.ndarray], np.ndarray]
 
 
-class _Summed(Exception):
+class _SummedError(Exception):
     pass
 
 
@@ -23,13 +24,11 @@ def as_ranks(world: int, run: Callable[[int, int, Add], Result]) -> list[Result]
 
     def keep(values: np.ndarray) -> np.ndarray:
         parts.append(np.array(values))
-        raise _Summed
+        raise _SummedError
 
     for rank in range(world):
-        try:
+        with contextlib.suppress(_SummedError):
             run(rank, world, keep)
-        except _Summed:
-            pass
     assert len({part.shape for part in parts}) == 1
     total = np.sum(parts, axis=0)
     return [run(rank, world, lambda values: total) for rank in range(world)]

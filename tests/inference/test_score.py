@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -31,14 +32,6 @@ TEXTS = [
     b"\xff\xfe not UTF-8 \x00",
     b"the the the the the the the the the the the the the the the",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def corpus_of(texts: list[bytes] | None = None, tokenizer: Any = None) -> tuple[MemoryCorpus, MemorySplit]:
@@ -272,7 +265,7 @@ def test_the_tail_is_scored() -> None:
         model.logp_VV[:, ord("a")] = 0
         model.logp_VV.copy_(torch.log_softmax(model.logp_VV + 6 * F.one_hot(torch.tensor(97), 257), dim=-1))
     line = [256, *split.read(0, 43).tolist()]
-    each = [-model.logp_VV[a, b].item() for a, b in zip(line[:-1], line[1:], strict=True)]
+    each = [-model.logp_VV[a, b].item() for a, b in itertools.pairwise(line)]
     result = score(model, corpus, context=8, batch=2)
     assert close(result.score.nats, sum(each))
     assert sum(each[:40]) < 0.9 * sum(each)
@@ -280,7 +273,7 @@ def test_the_tail_is_scored() -> None:
 
 
 def test_padding_is_not_counted() -> None:
-    """43 symbols in rows of 8 are 48 places; neither the nats nor the symbols nor the bytes of the five others count."""
+    """43 symbols in rows of 8 are 48 places; nothing of the five others counts."""
     corpus, _ = corpus_of([b"a" * 42])
     result = score(NoCarry(257), corpus, context=8, batch=4, world=3)
     assert result.score.row() == (pytest.approx(43 * math.log(257)), 43, 1, 42, 0)
@@ -311,7 +304,7 @@ def test_bits_per_byte_against_the_file(tokenizer: Any, tmp_path: Any) -> None:
     model = Bigram(tokenizer.vocab, seed=10)
     result = score(model, corpus, batch=5)
     ids = [tokenizer.end, *tokenizer.encode(file.read_bytes()).tolist(), tokenizer.end]
-    nats = -sum(model.logp_VV[a, b].item() for a, b in zip(ids[:-1], ids[1:], strict=True))
+    nats = -sum(model.logp_VV[a, b].item() for a, b in itertools.pairwise(ids))
     assert result.score.bytes == file.stat().st_size
     assert close(result.score.bits_per_byte, nats / math.log(2) / file.stat().st_size)
     assert result.exact == (tokenizer.kind == "bytes")
@@ -441,7 +434,7 @@ def test_units_hold_their_own_sums() -> None:
     split = corpus.split("data")
     model = Bigram(257, seed=14)
     line = [256, *split.read(0, split.symbols).tolist()]
-    each = np.array([-model.logp_VV[a, b].item() for a, b in zip(line[:-1], line[1:], strict=True)])
+    each = np.array([-model.logp_VV[a, b].item() for a, b in itertools.pairwise(line)])
     ends = split.document_ends().tolist()
     begins = [0, *ends[:-1]]
     nats = np.array([each[a:b].sum() for a, b in zip(begins, ends, strict=True)])
