@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import json
 import random
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +17,15 @@ from hypothesis import strategies as st
 
 from lmtrain.config import build, dump, parse_yaml
 from lmtrain.data import symbols
-from lmtrain.data.sample import CHUNK_LEAST, CHUNK_MOST, Sample, chunks
+from lmtrain.data.sample import CHUNK_MOST
 from lmtrain.data.tokenizer import SentencePiece, Tokenizer, TokenizerConfig, load, train
 from lmtrain.errors import ConfigError, TokenizerError
-
-KINDS = ("sentencepiece-unigram", "sentencepiece-bpe", "bytes", "characters")
-WORDS = ("the", "of", "and", "to", "in", "that", "which", "for", "by", "have", "been", "nation", "session", "treaty")
-ENDINGS = ("", "", "", "ing", "ed", "é", ",")
-
-
-def prose(seed: int, lines: int) -> bytes:
-    """Made-up English-looking text with some accents and code, from a seed."""
-    draw = random.Random(seed)
-    out = []
-    for _ in range(lines):
-        words = [draw.choice(WORDS) + draw.choice(ENDINGS) for _ in range(draw.randint(3, 14))]
-        out.append(draw.choice(["", "", "    ", "\t"]) + " ".join(words) + draw.choice([".", ";", " 1942", "\r"]))
-    return "\n".join(out).encode()
-
-
-TEXT = [prose(seed, 60) for seed in range(12)]
+from tests.data.texts import KINDS, TEXT, check_lossless, trained
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, Tokenizer]:
-    vocab = {"sentencepiece-unigram": 340, "sentencepiece-bpe": 400}
-    return {
-        kind: train(TokenizerConfig(kind=kind, vocab=vocab.get(kind)), TEXT, recipe={"source": "test"})
-        for kind in KINDS
-    }
+    return trained()
 
 
 AWKWARD = [
@@ -66,19 +42,6 @@ raw_bytes = st.one_of(
         b"".join
     ),
 )
-
-
-def check_lossless(tokenizer: Tokenizer, raw: bytes) -> None:
-    ids = tokenizer.encode(raw)
-    assert ids.dtype == np.int64
-    assert ids.ndim == 1
-    assert tokenizer.decode(ids) == raw
-    assert tokenizer.symbol_bytes()[ids].sum() == len(raw)
-    assert not (ids == tokenizer.end).any()
-    assert tokenizer.decode([*ids.tolist(), tokenizer.end]) == raw
-    if ids.size:
-        assert ids.min() >= 0
-        assert ids.max() < tokenizer.vocab
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -163,100 +126,6 @@ def test_cutting_into_chunks_costs_nothing(tokenizers: dict[str, Tokenizer]) -> 
         assert tokenizers["sentencepiece-bpe"].encode(raw).tolist() == alone.encode(raw.decode())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.lists(st.tuples(st.sampled_from(["a", " ", "\n", "\u00e9", "ab ", "x\n"]), st.integers(1, 2500)), max_size=12)
-)
-def test_chunks_join_to_the_text(parts: list[tuple[str, int]]) -> None:
-    text = "".join(part * times for part, times in parts)
-    found = list(chunks(text))
-    assert "".join(found) == text
-    assert all(0 < len(chunk) <= CHUNK_MOST for chunk in found)
-    assert all(len(chunk) >= CHUNK_LEAST for chunk in found[:-1])
-    for chunk, after in itertools.pairwise(found):
-        assert chunk.endswith("\n") or "\n" not in (chunk + after)[CHUNK_LEAST - 1 : CHUNK_MOST]
-        if not chunk.endswith("\n") and " " in (chunk + after)[CHUNK_LEAST:CHUNK_MOST]:
-            assert after.startswith(" ")
-
-
-def naive_sample(documents: list[bytes], budget: int) -> list[bytes]:
-    pool = [chunk.encode() for raw in documents for chunk in chunks(raw.decode())]
-    pool.sort(key=lambda chunk: hashlib.blake2b(chunk, digest_size=16).digest())
-    total, kept = 0, []
-    for chunk in pool:
-        total += len(chunk)
-        if total > budget:
-            return [other for other in kept if other != chunk]
-        kept.append(chunk)
-    return kept
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from(["a", "b " * 700, "c\n" * 900, "d" * 5000, "f g\n" * 3000, "é" * 1200]), max_size=14),
-    st.integers(1, 60_000),
-    st.randoms(use_true_random=False),
-)
-def test_sample_is_a_function_of_content(texts: list[str], budget: int, draw: random.Random) -> None:
-    documents = [text.encode() for text in texts]
-    wanted = naive_sample(documents, budget)
-    draw.shuffle(documents)
-    sample = Sample(budget)
-    for raw in documents:
-        sample.add(raw)
-    lines, size = sample.lines()
-    assert size == sum(map(len, wanted)) <= budget
-    assert lines == sorted(lines)
-    assert max(map(len, lines), default=0) <= 256
-    assert Counter("".join(lines)) == Counter(b"".join(wanted).decode().replace("\n", ""))
-    assert (sample.documents, sample.bytes) == (len(documents), sum(map(len, documents)))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_does_not_depend_on_the_order_of_documents(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    config = TokenizerConfig(kind=kind, vocab={"sentencepiece-unigram": 340, "sentencepiece-bpe": 400}.get(kind))
-    again = train(config, reversed(TEXT), recipe={"source": "test"})
-    assert again.content == tokenizers[kind].content
-    assert again.recipe == tokenizers[kind].recipe
-
-
-def test_training_gives_the_same_bytes_in_another_process_and_on_one_core(tokenizers: dict[str, Tokenizer]) -> None:
-    code = (
-        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
-        "from tests.data.test_tokenizer import TEXT; from lmtrain.data.tokenizer import *;"
-        "[print(train(TokenizerConfig(kind=k, vocab=v), TEXT, recipe={}).sha256)"
-        " for k, v in (('sentencepiece-unigram', 340), ('sentencepiece-bpe', 400))]"
-    )
-    root = Path(__file__).parents[2]
-    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
-    assert out.split() == [tokenizers[kind].sha256 for kind in KINDS[:2]]
-
-
-def test_sample_bytes_bound_what_is_seen() -> None:
-    config = TokenizerConfig(kind="sentencepiece-bpe", vocab=330, sample_bytes=12_000)
-    tokenizer = train(config, TEXT, recipe={"source": "test", "split": "train"})
-    facts = tokenizer.recipe["trained_on"]
-    assert 4_000 < facts["sampled_bytes"] <= 12_000
-    assert facts["bytes"] == sum(map(len, TEXT))
-    assert (facts["documents"], facts["source"], facts["split"]) == (len(TEXT), "test", "train")
-    check_lossless(tokenizer, TEXT[0])
-
-
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_awkward_training_text_is_used(kind: str) -> None:
-    """SentencePiece would drop long lines and those with U+2585, and fail on others; what is around them counts."""
-    draw = random.Random(1)
-    for awkward in ("\u2585", "\u2581", "\x00", "\t", "\n", "\udcff", " \u2581 "):
-        line = " ".join(draw.choice(["zebra", "quagga", "okapi"]) + awkward for _ in range(3000))
-        raw = line.encode("utf-8", "surrogateescape")
-        vocab = 273 if kind == "sentencepiece-unigram" else 285  # the least that leaves room for words
-        tokenizer = train(TokenizerConfig(kind=kind, vocab=vocab), [raw], recipe={})
-        pieces = [tokenizer.decode([i]) for i in range(258, tokenizer.vocab)]
-        assert any(word in piece for piece in pieces for word in (b"zebra", b"quagga", b"okapi")), awkward
-        assert not any(b"\n" in piece or b"\xe2\x96" in piece or b"\x00" in piece for piece in pieces)
-        check_lossless(tokenizer, raw)
-
-
 def test_line_breaks_and_indentation_are_cheap(tokenizers: dict[str, Tokenizer]) -> None:
     for kind in KINDS[:2]:
         tokenizer = tokenizers[kind]
@@ -264,34 +133,6 @@ def test_line_breaks_and_indentation_are_cheap(tokenizers: dict[str, Tokenizer])
         assert len(tokenizer.encode(b"\n\n\n")) == 3
         assert len(tokenizer.encode(b"\r\n")) == 2
     assert len(tokenizers["sentencepiece-bpe"].encode(b"    ")) <= 2  # runs of spaces are pieces
-
-
-@pytest.mark.parametrize("kind", KINDS[:2])
-def test_vocabulary_that_cannot_be_had_tells_what_can(kind: str) -> None:
-    text = [b"the quick brown fox jumps over the lazy dog\n" * 3 + b"the dog sleeps, the fox does not"]
-
-    def attempt(vocab: int) -> Tokenizer:
-        return train(TokenizerConfig(kind=kind, vocab=vocab), text, recipe={})
-
-    with pytest.raises(TokenizerError, match=r"vocab = 5000 is too large .* largest possible for \S+ is \d+$") as error:
-        attempt(5000)
-    largest = int(str(error.value).split()[-1])
-    assert attempt(largest).vocab == largest
-    with pytest.raises(TokenizerError, match="too large"):
-        attempt(largest + 1)
-    with pytest.raises(TokenizerError, match=r"vocab = 261 is too small .* take \d+$") as error:
-        attempt(261)
-    least = int(str(error.value).split()[-1])
-    assert attempt(least).vocab == least
-    with pytest.raises(TokenizerError, match="too small"):
-        attempt(least - 1)
-
-
-@pytest.mark.parametrize("kind", KINDS[:2] + KINDS[3:])
-@pytest.mark.parametrize("documents", [[], [b""], [b"\xff\xff"]])
-def test_no_text_to_train_on(kind: str, documents: list[bytes]) -> None:
-    with pytest.raises(TokenizerError, match=rf"no text to train .* {len(documents)} documents"):
-        train(TokenizerConfig(kind=kind), documents, recipe={})
 
 
 def test_characters_are_in_code_point_order() -> None:
