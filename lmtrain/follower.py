@@ -12,6 +12,7 @@ import netrc
 import os
 import re
 import select
+import shlex
 import subprocess
 import sys
 import threading
@@ -32,6 +33,8 @@ FOLDER = "wandb"
 REMOVED = "<removed>"
 _SECRET_NAME = re.compile(r"(^|[_-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 _TEARDOWN_SECONDS = 5.0
+_LOCAL_SECONDS = 30.0
+"""What an offline process may take at least: no server can hold it up, a busy machine can."""
 
 
 class WandbConfig(Config):
@@ -143,6 +146,8 @@ class Follower:
         self._place, self._since = "", 0.0
         self._exit_code: int | None = None
         self._limit = math.inf
+        self._local = max(timeout, _LOCAL_SECONDS)
+        self._mode = self._modes[0]
         self._thread = threading.Thread(target=self._keep, name="wandb", daemon=True)
         self._thread.start()
 
@@ -150,12 +155,14 @@ class Follower:
         """Let the process send what is left and end; after `timeout` (the configured one) it is ended."""
         if timeout is not None:
             self._timeout = min(timeout, self._timeout)
-        self._limit = time.monotonic() + self._timeout
+            self._local = min(timeout, self._local)
+        self._limit = time.monotonic() + (self._local if self._mode == "offline" else self._timeout)
         self._exit_code = exit_code
-        self._thread.join(2 * (self._timeout + _TEARDOWN_SECONDS) + 5)
+        self._thread.join(self._timeout + self._local + 2 * _TEARDOWN_SECONDS + 5)
 
     def _keep(self) -> None:
         for mode in self._modes:
+            self._mode = mode
             why = self._attend(mode)
             if why is None:
                 return
@@ -163,7 +170,7 @@ class Follower:
             then = "W&B is left alone from here; metrics.jsonl has every row" if last else "going on offline"
             self._warn(f"W&B ({mode}): {scrub(why, self._secrets)}; {then}")
             if self._exit_code is not None:
-                self._limit = time.monotonic() + self._timeout
+                self._limit = time.monotonic() + self._local
 
     def _attend(self, mode: str) -> str | None:
         """One process from start to end; None when it ended well, else what went wrong."""
@@ -192,7 +199,8 @@ class Follower:
         assert process.stdin is not None
         assert process.stdout is not None
         _send(process.stdin, {**self._job, "mode": mode})
-        deadline = time.monotonic() + self._timeout
+        patience = self._local if mode == "offline" else self._timeout
+        deadline = time.monotonic() + patience
         waiting_for, ready, done, why, rest = "to start", False, False, None, b""
         while time.monotonic() < min(deadline, self._limit):
             if ready and self._exit_code is not None and waiting_for != "to finish":
@@ -222,21 +230,27 @@ class Follower:
         if waiting_for == "to finish" and mode == "online":
             self._done({"synced": False}, mode)
             return None
-        return f"it took more than {self._timeout:g} s {waiting_for}"
+        if time.monotonic() < deadline:
+            return f"it was still waiting {waiting_for} when the run ended"
+        return f"it took more than {patience:g} s {waiting_for}"
 
     def _ready(self, news: Mapping[str, Any], mode: str) -> None:
         self._place, self._since = news["folder"], time.monotonic()
         if mode == "online":
             self._say(f"W&B: {news['url']}")
         else:
-            self._say(f"W&B: offline; upload with: wandb sync {self._place}")
+            self._say(f"W&B: offline; upload with: {self._upload(mode)}")
 
     def _done(self, news: Mapping[str, Any], mode: str) -> None:
         if mode == "offline":
             if time.monotonic() - self._since > 60:  # else it still stands on the screen
-                self._say(f"W&B: offline; upload with: wandb sync {self._place}")
+                self._say(f"W&B: offline; upload with: {self._upload(mode)}")
         elif not news["synced"]:
-            self._warn(f"W&B did not take everything in time; upload the rest with: wandb sync {self._place}")
+            self._warn(f"W&B did not take everything in time; upload the rest with: {self._upload(mode)}")
+
+    def _upload(self, mode: str) -> str:
+        online = "--no-skip-online " if mode == "online" else ""
+        return f"wandb sync {online}{shlex.quote(self._place)}"
 
 
 def _send(pipe: IO[bytes], message: Mapping[str, Any]) -> None:

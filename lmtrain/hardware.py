@@ -62,10 +62,11 @@ _TERA: tuple[tuple[str, float, float, float], ...] = (
 def datasheet(name: str, *, precision: str, tf32: bool = False) -> float | None:
     """FLOP/s of one card by its name, for `precision` fp32, bf16 or fp16; None for a card that is not in the table.
 
-    Cards before Ampere have no bf16 units, and their emulation has no datasheet peak: None.
+    A laptop's card bears the name of a faster one, so it is not in the table. Cards before Ampere have no bf16 units,
+    and the emulation has no datasheet peak: None.
     """
     for pattern, half, tensor32, single in _TERA:
-        if re.search(pattern, name):
+        if re.search(pattern, name) and "Laptop" not in name:
             if precision == "fp32":
                 return (tensor32 if tf32 else single) * 1e12
             return None if precision == "bf16" and re.search(r"V100|T4\b", name) else half * 1e12
@@ -86,22 +87,20 @@ def peak(device: torch.device, *, precision: str) -> Peak:
 def measure(device: torch.device, *, dtype: torch.dtype, seconds: float = 0.2, largest: int = 2048) -> float:
     """FLOP/s of the best square matrix product, with the threads this process has, in about `seconds`.
 
-    The size doubles while the time lasts: a device without native support for `dtype` is measured on a small one.
+    Five products or more of each size; the size doubles when five of the next fit into the time, so a device without
+    native support for `dtype` is measured on small ones. The best of many is what a busy machine disturbs least.
     """
-    best, size, stop = 0.0, 128, time.perf_counter() + seconds
+    best, size, stop = 0.0, 256, time.perf_counter() + seconds
     while True:
         a = torch.ones(size, size, dtype=dtype, device=device)
-        taken = _once(a)
-        for _ in range(3):
-            taken = min(taken, _once(a))
-            if time.perf_counter() > stop:
-                break
-        best = max(best, 2.0 * size**3 / taken)
-        if time.perf_counter() + 4 * 8 * taken > stop:  # four products of twice the size would not fit
-            if time.perf_counter() + taken > stop:
-                return best
-        elif size < largest:
-            size *= 2
+        fastest = min(_once(a) for _ in range(5))
+        fits = time.perf_counter() + 5 * 8 * fastest < stop and size < largest
+        while not fits and time.perf_counter() + fastest < stop:
+            fastest = min(fastest, _once(a))
+        best = max(best, 2.0 * size**3 / fastest)
+        if not fits:
+            return best
+        size *= 2
 
 
 def _once(a: torch.Tensor) -> float:
