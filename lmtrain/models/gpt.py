@@ -11,6 +11,9 @@ the network reads [start, x_0 .. x_{T-2}]. With start = the symbol before the ro
 NOTE. Positions in a row with document masking: learned positions count from each document's start, so that a document
 reads the same wherever it stands in a row. Rotary attention depends on differences of positions only, so there nothing
 needs to be counted anew.
+NOTE. Blind spot of rotary positions: attention averages values, and rotary says only how far apart two inputs are.
+While all inputs read so far are the same symbol the average is the same, so a row that begins with n equal inputs is
+predicted alike for every n. It ends with the first other symbol; learned positions do not have it.
 NOTE. Learned positions start with the standard deviation of the symbols (0.02; OpenAI's code has 0.01 for positions).
 """
 

@@ -15,11 +15,13 @@ def normal_(weight: Tensor, *, std: float) -> None:
     with torch.no_grad():
         if std == 0.0:
             weight.zero_()
-        else:
+        elif not weight.is_meta:
             weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
 
 
 def uniform_(weight: Tensor, *, bound: float) -> None:
     """Fill `weight` with U(-bound, bound) from torch's default CPU generator."""
+    if weight.is_meta:
+        return
     with torch.no_grad():
         weight.copy_(torch.rand(weight.shape, device="cpu", dtype=torch.float32).mul_(2.0).sub_(1.0).mul_(bound))
