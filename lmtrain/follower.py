@@ -101,17 +101,21 @@ def resolve_mode(config: WandbConfig, environment: Mapping[str, str]) -> Literal
     return "online" if wandb_key(environment) else "offline"
 
 
+def is_secret(name: str) -> bool:
+    """Whether a variable or key is named as secrets are (`tokens` and `tokenizer` are not)."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def secrets_in(environment: Mapping[str, str]) -> frozenset[str]:
     """The values of variables that are named like secrets; too short ones would hide innocent text."""
-    return frozenset(v for k, v in environment.items() if _SECRET_NAME.search(k) and len(v) >= 8)
+    return frozenset(v for k, v in environment.items() if is_secret(k) and len(v) >= 8)
 
 
 def scrub(value: Any, secrets: frozenset[str]) -> Any:
     """A tree without what is named like a secret, is one of `secrets`, or is a password in a URL."""
     if isinstance(value, Mapping):
         return {
-            str(k): REMOVED if isinstance(v, str) and _SECRET_NAME.search(str(k)) else scrub(v, secrets)
-            for k, v in value.items()
+            str(k): REMOVED if isinstance(v, str) and is_secret(str(k)) else scrub(v, secrets) for k, v in value.items()
         }
     if isinstance(value, list | tuple):
         return [scrub(v, secrets) for v in value]
