@@ -26,6 +26,7 @@ FORMATS = {".txt": "txt", ".text": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndj
 PACKED = (".gz", ".zst")
 _READ = 1 << 20
 _PARQUET_ROWS = 256
+_ZSTD_STEP = 128
 
 
 def expand(patterns: Iterable[str], *, format: Format = "auto") -> list[Path]:
@@ -241,6 +242,8 @@ class _Zstd(io.RawIOBase):
         self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._fresh = True  # nothing of the current frame was read
+        self._packed = b""
+        self._at = 0
         self._ready = b""
 
     def readable(self) -> bool:
@@ -249,17 +252,21 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         view = memoryview(cast(bytearray, buffer)).cast("B")
         while not self._ready:
-            packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
+                self._at -= len(self._frame.unused_data)
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
                 self._fresh = True
-            packed = packed or self._file.read(_READ)
-            if not packed:
+            if self._at == len(self._packed):
+                self._packed, self._at = self._file.read(_READ), 0
+            if not self._packed:
                 if self._fresh:
                     return 0
                 raise EOFError("the last frame has no end")
+            # A few bytes may stand for 128 KiB, and all that comes out of a call is held.
+            step = self._packed[self._at : self._at + _ZSTD_STEP]
+            self._at += len(step)
             self._fresh = False
-            self._ready = self._frame.decompress(packed)
+            self._ready = self._frame.decompress(step)
         count = min(len(view), len(self._ready))
         view[:count] = self._ready[:count]
         self._ready = self._ready[count:]
