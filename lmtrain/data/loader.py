@@ -155,6 +155,7 @@ class Loader:
 
         Raises CorpusError when symbols lie in a damaged file, ConfigError when the batch does not divide among ranks.
         """
+        assert 0 <= rank < world, f"rank {rank} of {world}"
         micro, accumulation = self.layout(world)
         corpus_G, row_G = self.places(step)
         out = []
