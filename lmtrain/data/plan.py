@@ -237,9 +237,12 @@ class Planner:
                         f"prepare.tokenizer.{name} = {wanted}, but {config.path} has {name} {given}; leave {name} out"
                     )
         else:
+            total = sum(block.bytes for block in self.found)
+            self.workers.progress("tokenizer", 0, total)
             split = {"kind": division.kind, **division.splits["train"], "dropped": len(dropped)}
             recipe = {"source": self.config.source.kind, "split": split}
             tokenizer = train_a_tokenizer(config, self._training_documents(division, dropped), recipe=recipe)
+            self.workers.progress("tokenizer", total, total)
         tokenizer.save(self.folder / stages.TOKENIZER)
         return tokenizer, tokenizer.recipe.get("trained_on")
 
@@ -247,13 +250,12 @@ class Planner:
         """What a tokenizer may see: the training documents, without those that are dropped."""
         done, total = 0, sum(block.bytes for block in self.found)
         for block in self.found:
-            self.workers.progress("tokenizer", done, total)
             rows = stages.rows(self.folder, block, division)
             for row in np.flatnonzero(rows.split_D == 0).tolist():
                 if (block.number, row) not in dropped:
                     yield rows.raw[row]
             done += block.bytes
-        self.workers.progress("tokenizer", done, total)
+            self.workers.progress("tokenizer", min(done, total - 1), total)  # training itself is still to come
 
 
 def _check_filled(counts: dict[str, dict[str, int]]) -> None:

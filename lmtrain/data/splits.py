@@ -24,6 +24,8 @@ NAMES = ("train", "valid", "test")
 NO_GROUP = 255
 """Stored for a document whose source says nothing about splits."""
 
+_FEW = 100
+"""Of so many documents one in twenty by hash is none with chance 0.006."""
 _GROUP_OF = {"train": 0, "valid": 1, "validation": 1, "val": 1, "dev": 1, "test": 2}
 
 
@@ -43,7 +45,7 @@ class SplitConfig(Config):
         "auto",
         description="hash: buckets of the content's hash; source: what the source says of each document; tail: the end "
         "of the concatenation of all documents; auto: source if every document brings a split and some are held out, "
-        "tail if there is one document, else hash",
+        "tail if there are fewer than 100 documents, else hash",
     )
     valid: float | None = Field(
         None,
@@ -54,7 +56,10 @@ class SplitConfig(Config):
         "given as a fraction: it is taken from train by hash",
     )
     test: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="the same for the test split; when not given: hash 0.05, tail 0"
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="the same for the test split; when not given: none, but hash 0.05 if valid is not given either",
     )
 
     @model_validator(mode="after")
@@ -149,14 +154,15 @@ def divide(
     brings = not documents.get(NO_GROUP) and bool(documents.get(0)) and len([g for g in documents if documents[g]]) > 1
     kind = config.kind
     if kind == "auto":
-        kind = "source" if brings else "tail" if count == 1 else "hash"
+        kind = "source" if brings else "tail" if count < _FEW else "hash"
     if kind == "tail":
         return _tail(config, total_bytes, boundary)
     for name in NAMES[1:]:
         if (getattr(config, name) or 0) >= 1:
             raise ConfigError(f"split.{name} = {getattr(config, name):g} bytes needs split.kind = tail, not {kind}")
     if kind == "hash":
-        test, valid = (_buckets(config, name, 0.05) for name in ("test", "valid"))
+        valid = _buckets(config, "valid", 0.05)
+        test = _buckets(config, "test", 0.05 if config.valid is None else 0.0)
         return Division("hash", _carve(test=test, valid=valid, own={}))
     if documents.get(NO_GROUP):
         raise ConfigError(
