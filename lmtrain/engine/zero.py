@@ -6,6 +6,7 @@ over ranks, so a micro-batch's loss is nats * world / total weight, not divided 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from lmtrain.engine.ds_config import deepspeed_json
 from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.engine.plain import device_of
 from lmtrain.engine.settings import EngineConfig
-from lmtrain.errors import EngineError
+from lmtrain.errors import ConfigError, EngineError
 from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport
 
 
@@ -62,7 +63,12 @@ class ZeroEngine:
         grouped = optimizer.groups(optimizer_config, named)
         moments = {n: optimizer.moments(optimizer_config, g) for g in grouped for n in g["names"]}
         self.optimizer = optimizer.build(optimizer_config, grouped)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_json)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_json)
+        except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
+            # Values of keys that we only pass on: pydantic's ValidationError is a ValueError.
+            line = " ".join(str(error).split())[:300]
+            raise ConfigError(f"DeepSpeed refuses its configuration: {line}; see engine.deepspeed") from error
         self.model = model
         self.stage = self._stage(named, moments)
         if config.compile:
@@ -196,6 +202,7 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
 
     # Only its own inference kernels use this extension, and building it takes 46 s and a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
     limit = timedelta(seconds=timeout)
     # ZeRO's groups would wait 30 minutes, whatever the default group was given.
     TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=limit)
@@ -204,6 +211,16 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
             handler.setStream(sys.stderr)
     logger.addFilter(_quiet)
     return deepspeed
+
+
+def _import_uncompiled(name: str) -> None:
+    """Import a module whose decorators compile functions that we never call: it would load all of torch's compiler."""
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda f: f)  # type: ignore[assignment]
+    try:
+        importlib.import_module(name)
+    finally:
+        torch.compile = compiler
 
 
 def _quiet(record: logging.LogRecord) -> bool:

@@ -1,0 +1,95 @@
+"""plain == ZeRO 0, 1, 2, 3 on one and more ranks; restored runs go on to the same bits; NaN changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lmtrain.protocol import Place
+from tests.engine.jobs import AFTER, SAVED, Reader, run_case
+from tests.spawn import spawn
+
+MUON = {"kind": "muon", "lr": 0.02, "adamw_lr": 3e-3, "momentum_warmup": 10}
+
+CASES: dict[str, dict[str, Any]] = {
+    "gpt": {"model": "gpt", "steps": 20},
+    "rnn": {"model": "rnn", "steps": 20},
+    "gpt-muon": {"model": "gpt", "steps": 8, "optimizer": MUON | {"clip": 0.05}},
+    "rnn-muon": {"model": "rnn", "steps": 8, "optimizer": MUON | {"clip": 0.0}},
+    "gpt-clip": {"model": "gpt", "steps": 8, "optimizer": {"clip": 0.05}, "changes": {"tied": False}},
+}
+
+
+def micros(world: int) -> tuple[int, int]:
+    """Micro-batches without and with accumulation on so many ranks."""
+    return {1: (12, 3), 2: (6, 3), 3: (4, 2), 4: (3, 1)}[world]
+
+
+def cases(world: int, names: list[str], **more: Any) -> list[dict[str, Any]]:
+    """Each case without accumulation and with it."""
+    return [CASES[n] | {"label": f"{n}-{m}", "micro": m} | more for n in names for m in micros(world)]
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`plain(case)`: what the plain engine does in it, and the folder of what it saved. Each case runs once."""
+    folder = tmp_path_factory.mktemp("plain")
+    done: dict[str, dict[str, Any]] = {}
+
+    def result(case: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+        label = case["label"]
+        if label not in done:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            kept = {k: v for k, v in case.items() if k not in {"zero_stage", "offload"}} | {"kind": "plain"}
+            done[label] = run_case(Place(), folder, kept, reference=None)
+            torch.set_num_threads(threads)
+        return done[label], folder
+
+    return result
+
+
+def compare(plain: Any, stage: int, world: int, todo: list[dict[str, Any]], *, relative: float, folder: Path) -> None:
+    """Spawn the ranks, run all cases in them, and hold what they return against plain."""
+    for case in todo:
+        _, references = plain(case)
+    ranks = spawn(
+        "tests.engine.jobs:run_cases",
+        world=world,
+        timeout=540,
+        folder=folder,
+        cases=[case | {"zero_stage": stage} for case in todo],
+        references=str(references),
+    )
+    for other in ranks[1:]:
+        assert other == ranks[0], "ranks disagree about the same numbers"
+    for case, got in zip(todo, ranks[0], strict=True):
+        want, _ = plain(case)
+        where = f"{case['label']}, stage {stage}, {world} ranks"
+        assert got["curve"] == pytest.approx(want["curve"], rel=relative), where
+        assert len(set(got["curve"])) == case["steps"]
+        assert got["onward"] == pytest.approx(want["curve"][SAVED:AFTER], rel=relative), f"{where}, from plain's save"
+        assert got["score"] == pytest.approx(want["score"], rel=relative), where
+        assert got["scalars"] == want["scalars"], where
+        label = case["label"]
+        mine, theirs = Reader.load(folder / f"{label}-whole.npz"), Reader.load(references / f"{label}-whole.npz")
+        assert mine.shapes == theirs.shapes, where
+        for key, tensor in theirs.tensors.items():
+            worst = float((mine.tensors[key] - tensor).abs().max())
+            assert worst <= 200 * relative, f"{where}: {key} differs by {worst}"
+
+
+def test_zero_1_on_two_ranks(plain: Any, tmp_path: Path) -> None:
+    """The inner loop's share of the matrix below."""
+    todo = [case for case in cases(2, ["gpt", "rnn-muon"]) if case["micro"] == 3]
+    compare(plain, 1, 2, todo, relative=1e-6, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_is_plain(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
+    compare(plain, stage, world, cases(world, list(CASES)), relative=1e-6, folder=tmp_path)
