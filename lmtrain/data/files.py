@@ -1,6 +1,6 @@
 """Documents out of local files: text, JSON lines and parquet, plain or compressed with gzip or Zstandard.
 
-Everything is read in order and in bounded memory (a document at a time; parquet in batches of rows). Any damage is a
+Everything is read in order and in bounded memory: a document at a time, a row group of parquet. Any damage is a
 CorpusError naming the file and the line or row.
 """
 
@@ -196,8 +196,10 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[bytes, str]]:
             textual = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
             if not any(check(kind) for check in textual):
                 raise CorpusError(f"{path}: the column {field!r} is of type {kind}, wanted text; there are {names}")
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field], use_threads=False):
-                for value in batch.column(0).to_pylist():
+            # One row group at a time: iterating over all of them keeps what was read until the file's end.
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[field], use_threads=False)
+                for value in (value for batch in batches for value in batch.column(0).to_pylist()):
                     row += 1
                     yield text_of({field: value}, field, where=f"{path} row {row}"), f"{path}#{row}"
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

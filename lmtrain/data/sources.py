@@ -185,7 +185,7 @@ def _rows(part: Any, config: SourceConfig, *, split: str | None, theirs: str) ->
             raise CorpusError(f"{where}: no column {config.field!r}; there are {', '.join(known)}; set source.field")
         part = part.select_columns([config.field])  # images and sounds beside the text are not decoded
     row = 0
-    rows = iter(part)
+    rows = _streamed(part)
     while True:
         try:
             value = next(rows)
@@ -196,6 +196,12 @@ def _rows(part: Any, config: SourceConfig, *, split: str | None, theirs: str) ->
         row += 1
         raw = files.text_of(value, config.field, where=f"{where} row {row}")
         yield Document(raw, split, f"{config.name}/{theirs}#{row}")
+
+
+def _streamed(part: Any) -> Iterator[Any]:
+    """The rows of every file in turn, by row group where it is parquet: Arrow would read far ahead in a whole file."""
+    for index in range(part.num_shards):
+        yield from part.shard(part.num_shards, index).reshard()
 
 
 def _first_line(error: BaseException) -> str:

@@ -120,6 +120,25 @@ def test_datasets_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("kind", ["files", "huggingface"])
+def test_parquet_is_read_by_row_groups(kind: str, tmp_path: Path) -> None:
+    """Arrow holds one row group of half a megabyte, not the 10 MB of a file; and the order is that of the files."""
+    texts = [f"{i} " * 200 for i in range(10_000)]
+    for number in range(2):
+        table = pa.table({"text": texts[number * 5000 : (number + 1) * 5000]})
+        path = tmp_path / f"train-0000{number}-of-00002.parquet"
+        pq.write_table(table, path, row_group_size=500, compression="none", use_dictionary=False)
+    assert path.stat().st_size > 4 << 20
+    config = source(kind=kind, **({"paths": str(tmp_path)} if kind == "files" else {"name": str(tmp_path)}))
+    before = pa.total_allocated_bytes()
+    held = 0
+    for text, document in zip(texts, documents(config), strict=True):
+        assert document.raw == text.encode()
+        held = max(held, pa.total_allocated_bytes() - before)
+    assert held < 2 << 20
+
+
+@pytest.mark.usefixtures("offline")
 def test_splits_of_unknown_names_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
