@@ -6,6 +6,7 @@ no metrics: it starts it, reports once when it fails, puts an offline one in its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -13,6 +14,7 @@ import os
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -147,8 +149,10 @@ class Follower:
         self._secrets = secrets_in(environment)
         self._say, self._warn = say, warn
         self._modes = ("online", "offline") if mode == "online" else ("offline",)
+        self._pid: int | None = None
         self._place, self._since = "", 0.0
         self._exit_code: int | None = None
+        self._comes_back = False
         self._limit = math.inf
         self._local = max(timeout, _LOCAL_SECONDS)
         self._mode = self._modes[0]
@@ -156,8 +160,13 @@ class Follower:
         self._thread.start()
 
     def finish(self, *, exit_code: int, timeout: float | None = None) -> None:
-        """Let the process send what is left and end; after `timeout` (the configured one) it is ended."""
+        """Let the process send what is left and end; after the configured time-out it is ended.
+
+        timeout: a shorter one, for a run that was asked to stop and will be started again: what is not sent, the next
+        start sends.
+        """
         if timeout is not None:
+            self._comes_back = True
             self._timeout = min(timeout, self._timeout)
             self._local = min(timeout, self._local)
         self._limit = time.monotonic() + (self._local if self._mode == "offline" else self._timeout)
@@ -170,14 +179,21 @@ class Follower:
             why = self._attend(mode)
             if why is None:
                 return
-            last = mode == self._modes[-1]
-            then = "W&B is left alone from here; metrics.jsonl has every row" if last else "going on offline"
+            if self._comes_back:
+                then = "the next start sends what is missing"
+            elif mode == self._modes[-1]:
+                then = "W&B is left alone from here; metrics.jsonl has every row"
+            else:
+                then = "going on offline"
             self._warn(f"W&B ({mode}): {scrub(why, self._secrets)}; {then}")
+            if self._comes_back:
+                return
             if self._exit_code is not None:
                 self._limit = time.monotonic() + self._local
 
     def _attend(self, mode: str) -> str | None:
         """One process from start to end; None when it ended well, else what went wrong."""
+        self._pid = None
         try:
             folder = Path(self._job["folder"]) / FOLDER
             folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +213,7 @@ class Follower:
         except OSError as error:
             return f"its process is gone: {error}"
         finally:
-            _end(process)
+            _end(process, self._pid)
 
     def _converse(self, process: subprocess.Popen[bytes], mode: str) -> str | None:
         assert process.stdin is not None
@@ -214,12 +230,13 @@ class Follower:
                 continue
             chunk = os.read(process.stdout.fileno(), 65536)
             if not chunk:
-                code = process.wait(_TEARDOWN_SECONDS)
-                return None if done else why or f"its process ended by itself (exit code {code})"
+                return None if done else why or "its process ended by itself"
             *lines, rest = (rest + chunk).split(b"\n")
             for line in lines:
                 news = json.loads(line)
-                if news["state"] == "ready":
+                if news["state"] == "started":
+                    self._pid = news["pid"]
+                elif news["state"] == "ready":
                     ready, deadline = True, math.inf
                     self._ready(news, mode)
                 elif news["state"] == "done":
@@ -262,21 +279,19 @@ def _send(pipe: IO[bytes], message: Mapping[str, Any]) -> None:
     pipe.flush()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of it is left, wandb-core included."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.Error:
-        family = []
+def _end(process: subprocess.Popen[bytes], pid: int | None) -> None:
+    """Nothing of it is left: `process`, which only forked, the one that it left behind, and wandb-core below that."""
+    family: list[psutil.Process] = []
+    if pid is not None:
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     for member in family:
-        try:
+        with contextlib.suppress(psutil.Error):
             member.kill()
-        except psutil.Error:
-            continue
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            try:
+            with contextlib.suppress(OSError):  # what was left to send has no reader any more
                 pipe.close()
-            except OSError:  # what was left to send has no reader any more
-                continue

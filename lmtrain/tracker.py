@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 from lmtrain.console import Console
 from lmtrain.errors import EXIT_STOPPED
 from lmtrain.follower import FOLDER, Follower, WandbConfig, environment_settings, resolve_mode, scrub, secrets_in
@@ -288,6 +290,7 @@ def follow() -> int:
     def tell(**news: Any) -> None:
         print(json.dumps(news), file=answers, flush=True)
 
+    tell(state="started", pid=os.getpid())
     job = json.loads(sys.stdin.readline())
     try:
         with _alone(Path(job["folder"]) / FOLDER):
@@ -359,7 +362,7 @@ def _send_rows(run: Any, job: Mapping[str, Any]) -> int:
         try:
             exit_code = ends.get(timeout=_POLL_SECONDS)  # then one more look: what was written before it was told
         except queue.Empty:
-            if os.getppid() != job["parent"]:
+            if not psutil.pid_exists(job["parent"]):  # with luck; the end of stdin is what usually tells
                 ends.put(_orphaned())
 
 
@@ -407,4 +410,6 @@ def _send_row(run: Any, row: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    if os.fork():  # so as to be nobody's child: a launcher that stops a rank stops its children first, and at once
+        os._exit(0)
     sys.exit(follow())
