@@ -141,7 +141,9 @@ def prepare(
                 place.abandon()
                 return _report(out, reused=True)
             if not place.is_complete():
-                with Workers(processes or os.cpu_count() or 1, lock=place.lock, progress=progress or silent) as workers:
+                with Workers(
+                    processes or len(os.sched_getaffinity(0)), lock=place.lock, progress=progress or silent
+                ) as workers:
                     _prepare(config, place.partial, workers)
             place.publish()
     return _report(out, reused=False)
@@ -177,7 +179,8 @@ def _prepare(config: PrepareConfig, folder: Path, workers: Workers) -> None:
         found = _read(config, folder, workers.progress)
         planner = Planner(config, folder, found, workers)
         plan = planner.saved() or planner.make()
-        tasks = [(folder, block, plan.division, plan.tokenizer.sha256) for block in found]
+        threads = workers.processes if len(found) == 1 else 1  # a single block has the machine for itself
+        tasks = [(folder, block, plan.division, plan.tokenizer.sha256, threads) for block in found]
         written = dict(workers.map("tokens", stages.encode, tasks, found))
         _finish(config, folder, found, plan, [written[index] for index in range(len(found))])
     finally:

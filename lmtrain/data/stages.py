@@ -134,7 +134,7 @@ def affected(folder: Path, block: RawBlock, division: Division, held: str, found
     return [[int(value) for value in line] for line in out]
 
 
-def encode(folder: Path, block: RawBlock, division: Division, tokenizer_sha256: str) -> dict[str, Any]:
+def encode(folder: Path, block: RawBlock, division: Division, tokenizer_sha256: str, threads: int) -> dict[str, Any]:
     """Write a block's tokens, unless they are there and whole; its raw documents are not needed any more then."""
     info = finished_block(folder, block.number)
     if info is None:
@@ -144,7 +144,7 @@ def encode(folder: Path, block: RawBlock, division: Division, tokenizer_sha256: 
         documents: list[tuple[bytes, NDArray[Any], int, int]] = []
         for chosen in _batches(found, np.arange(len(found.raw))):
             raw = [found.raw[i] for i in chosen]
-            for row, one, symbols in zip(chosen, raw, tokenizer.encode_many(raw), strict=True):
+            for row, one, symbols in zip(chosen, raw, tokenizer.encode_many(raw, threads=threads), strict=True):
                 ended = np.append(symbols, tokenizer.end).astype(dtype)
                 size = int(tokenizer.symbol_bytes()[ended].sum())
                 assert size == len(one), f"symbols of a document stand for {size} bytes, it has {len(one)}"

@@ -67,6 +67,8 @@ class Workplace:
                         "with those, or --force to begin again"
                     )
                 clear(self.partial)
+            if force and self.is_complete():
+                clear(self.partial)
             write_file(self.partial / RECIPE, canonical(self.recipe))
             yield
         finally:

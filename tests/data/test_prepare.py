@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import signal
 import subprocess
@@ -11,12 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
-from lmtrain.data import prepare, workplace
+from lmtrain.data import blocks, prepare, workplace
 from lmtrain.data.shards import DOCUMENT, open_corpus
 from lmtrain.errors import CorpusError
+from tests.data.failing import same
 from tests.data.making import BYTES, config, files, jsonl, prose
 from tests.data.test_duplicates import talk
 
@@ -95,17 +99,17 @@ def test_killed_at_many_instants_it_goes_on_and_ends_the_same(tmp_path: Path) ->
     tree = {
         "source": jsonl(tmp_path / "text.jsonl", [b"%d: " % i + raw for i, raw in enumerate(talk(3, 400))]),
         "tokenizer": BYTES,
-        "block_bytes": 5_000,
+        "block_bytes": 8_000,
         "split": {"kind": "hash"},
     }
     wanted = prepare.prepare(config(tree), tmp_path / "wanted")
-    assert wanted.manifest["blocks"] > 20
+    assert wanted.manifest["blocks"] > 12
 
     # Kill -9 when so many lines of progress have been seen in a stage, and a little later, on fresh ground each time.
     random_delay = random.Random(0)
     kept = partial = tmp_path / "out.partial"
     tokens: dict[str, int] = {}
-    for stage, after in [("survey", 2), ("leakage", 9), ("tokens", 2), ("tokens", 6), ("tokens", 14)]:
+    for stage, after in [("survey", 2), ("leakage", 9), ("tokens", 2), ("tokens", 7), ("tokens", 11)]:
         child = start(tmp_path, tree, tmp_path / "out", 2)
         assert child.stdout is not None
         count = 0
@@ -260,3 +264,19 @@ def test_two_preparations_do_not_collide(tmp_path: Path, monkeypatch: pytest.Mon
             with pytest.raises(CorpusError, match=r"another preparation of .*out is at work"):
                 prepare.prepare(settings, tmp_path / "out", force=force)
     assert not prepare.prepare(settings, tmp_path / "out").reused
+
+
+def test_a_worker_that_outlives_the_preparation_still_holds_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    found = [blocks.describe(number, 0, [b"x"], np.zeros(1, np.uint8)) for number in range(5)]
+    other = os.open(path, os.O_RDWR)
+    with blocks.Workers(2, lock=handle) as workers:
+        results = dict(workers.map("tokens", same, [(number,) for number in range(5)], found))
+        assert results == {number: number for number in range(5)}
+        os.close(handle)  # as when this process is killed
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(other)
