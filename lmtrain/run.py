@@ -24,6 +24,7 @@ from lmtrain.data import prepare as preparing
 from lmtrain.data.corpus import open_corpus
 from lmtrain.data.loader import Loader, compare_order
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError
+from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
 from lmtrain.protocol import Corpus, Engine, Model, Place, Spec
@@ -35,6 +36,8 @@ from lmtrain.train import Progress as Standing
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+SAMPLE_SYMBOLS = 128
+"""Longest sample of the table at the end of a run."""
 _PATIENCE = 0.5
 """Seconds between two looks at a corpus that another rank is preparing."""
 
@@ -103,6 +106,8 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                     bytes_per_symbol=bytes_per_symbol(corpora[0]),
                 )
                 standing, reason = train(parts, train_config, standing)
+                if reason is None and train_config.samples:
+                    log_samples(config, corpora[0], engine, tracker, step=standing.step)
                 tracker.finish(stopped=reason, summary={"best": standing.best, "best_step": standing.best_step})
     finally:
         engine.close()
@@ -341,6 +346,17 @@ def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, R
                 device=engine.device,
             )
     return results
+
+
+def log_samples(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Tracker, *, step: int) -> None:
+    """A few samples into the run's table. Every rank draws the same ones: under ZeRO-3 all must make the same calls."""
+    assert config.train is not None
+    settings = sampling.SampleConfig(n=config.train.samples, max_symbols=SAMPLE_SYMBOLS, seed=config.train.seed)
+    with engine.evaluating() as model:
+        drawn = sampling.sample(model, config=settings, start=corpus.bos, end=corpus.bos, device=engine.device)
+    texts = [corpus.decode(one.symbols.tolist()).decode("utf-8", "replace") for one in drawn]
+    rows = [[one.index, text, one.scored, one.log_prob] for one, text in zip(drawn, texts, strict=True)]
+    tracker.samples(["sample", "text", "symbols", "log_prob"], rows, step=step)
 
 
 def require_same_symbols(corpus: Corpus, own: Corpus, *, what: str) -> None:

@@ -25,6 +25,7 @@ class TrainConfig(Config):
     log_every: int = Field(10, ge=1, description="steps between two rows of metrics")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 = at the end only")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = at the end only")
+    samples: int = Field(2, ge=0, description="samples in the run's table at the end; 0 = none")
     max_skipped: int = Field(20, ge=1, description="non-finite steps in a row that end the run")
 
     @model_validator(mode="after")
