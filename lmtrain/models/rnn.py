@@ -1,7 +1,6 @@
 """RNN: recurrent language model with LSTM or GRU layers.
 
-B rows, T symbols of a row, n inputs read at once, D width of embeddings, H hidden units, V symbols of the alphabet,
-S sequences, N = B * T packed places.
+B rows, T symbols of a row, n inputs read at once, D width of embeddings, H hidden units, V symbols of the alphabet.
 
 [1] Mikolov et al.: Recurrent neural network based language model, 2010. [2] Sundermeyer et al.: LSTM Neural Networks
 for Language Modeling, 2012. [3] Merity, Keskar, Socher: Regularizing and Optimizing LSTM Language Models, 2018 (tied
@@ -22,7 +21,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
 from lmtrain.models import ModelConfig
@@ -30,8 +28,8 @@ from lmtrain.nn.counting import parameters
 from lmtrain.nn.embedding import SymbolMatrix
 from lmtrain.nn.head import Categorical
 from lmtrain.nn.linear import Linear
-from lmtrain.nn.recurrent import GRU, LSTM, locked_mask
-from lmtrain.nn.rows import Packing, pack, shift
+from lmtrain.nn.recurrent import GRU, LSTM, Hidden, locked_dropout
+from lmtrain.nn.rows import Recut, recut, shift
 from lmtrain.nn.stream import CachedStream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
@@ -54,10 +52,6 @@ class Config(ModelConfig):
 def build(config: Config, *, spec: Spec) -> Model:
     """The model of `config` for a corpus."""
     return RNN(config, spec=spec)
-
-
-Hidden = tuple[Tensor, ...]
-"""(h, c) of an LSTM layer, (h,) of a GRU layer; each [B, H]."""
 
 
 @dataclass(slots=True)
@@ -114,12 +108,8 @@ class RNN(Model):
             if state is not None and state.last_B is not None:
                 cond = Cond(state.last_B, cond.first_BT, cond.label_B)
             in_BT, first_BT = shift(x_BT, cond=cond, bos=self.bos), cond.first_BT
-        e_BTD = self.embed(in_BT)
-        hidden = None if state is None else state.hidden
-        if first_BT is None:
-            h_BTH, last = self._layers(e_BTD, hidden)
-        else:
-            h_BTH, last = self._documents(e_BTD, pack(first_BT), hidden)
+        cut = None if first_BT is None else recut(first_BT, ends=state is not None)
+        h_BTH, last = self._layers(self.embed(in_BT), cut, None if state is None else state.hidden)
         if state is not None:
             state.hidden = last
             state.last_B = None if want == "next" else x_BT[:, -1]
@@ -158,48 +148,22 @@ class RNN(Model):
         logp_BT: Tensor = self(x_BT, cond=cond, state=after)
         return logp_BT, after
 
-    def _layers(self, e_BTD: Tensor, hidden: list[Hidden] | None) -> tuple[Tensor, list[Hidden]]:
-        B = e_BTD.shape[0]
-        h_BTH = self._drop(e_BTD, self._input_dropout, B, None)
+    def _layers(self, h_BTH: Tensor, cut: Recut | None, begin: list[Hidden] | None) -> tuple[Tensor, list[Hidden]]:
+        recompute = self._checkpointed and self.training and torch.is_grad_enabled()
         last: list[Hidden] = []
+        h_BTH = self._drop(h_BTH, self._input_dropout, cut)
         for i, layer in enumerate(self.layers):
-            h_BTH, after = self._run(layer, h_BTH, None, None if hidden is None else hidden[i])
+            start = None if begin is None else begin[i]
+            if recompute:
+                h_BTH, after = checkpoint(layer, h_BTH, cut, start, use_reentrant=False)
+            else:
+                h_BTH, after = layer(h_BTH, cut, start)
             last.append(after)
-            h_BTH = self._drop(h_BTH, self._output_dropout, B, None)
+            h_BTH = self._drop(h_BTH, self._output_dropout, cut)
         return h_BTH, last
 
-    def _documents(self, e_BTD: Tensor, cut: Packing, hidden: list[Hidden] | None) -> tuple[Tensor, list[Hidden]]:
-        """Rows re-cut where documents begin: each part runs by itself from zero, a row's first part from its state."""
-        B, T, _ = e_BTD.shape
-        h_NH = self._drop(e_BTD.flatten(0, 1)[cut.order_N], self._input_dropout, cut.segments, cut.segment_N)
-        last: list[Hidden] = []
-        for i, layer in enumerate(self.layers):
-            begin = None
-            if hidden is not None:
-                begin = tuple(
-                    h_BH.new_zeros(cut.segments, h_BH.shape[1]).index_copy(
-                        0, cut.open_B, h_BH.masked_fill(cut.fresh_B[:, None], 0.0)
-                    )
-                    for h_BH in hidden[i]
-                )
-            h_NH, after = self._run(layer, h_NH, cut.sizes_L, begin)
-            last.append(tuple(h_SH[cut.last_B] for h_SH in after))
-            h_NH = self._drop(h_NH, self._output_dropout, cut.segments, cut.segment_N)
-        return h_NH[cut.inverse_N].view(B, T, -1), last
-
-    def _run(self, layer: nn.Module, h: Tensor, sizes_L: Tensor | None, begin: Hidden | None) -> tuple[Tensor, Hidden]:
-        if self._checkpointed and self.training and torch.is_grad_enabled():
-            out, *after = checkpoint(_layer, layer, h, sizes_L, begin, use_reentrant=False)
-        else:
-            out, *after = _layer(layer, h, sizes_L, begin)
-        return out, tuple(after)
-
-    def _drop(self, h: Tensor, dropout: float, sequences: int, sequence_N: Tensor | None) -> Tensor:
-        """[B, T, H] with a mask for each row, or packed [N, H] with a mask for each sequence."""
-        if not (dropout and self.training):
-            return h
-        mask_SH = locked_mask(sequences, h.shape[-1], dropout=dropout, like=h)
-        return h * (mask_SH[:, None] if sequence_N is None else mask_SH[sequence_N])
+    def _drop(self, h_BTH: Tensor, dropout: float, cut: Recut | None) -> Tensor:
+        return locked_dropout(h_BTH, dropout=dropout, cut=cut) if dropout and self.training else h_BTH
 
     def checkpoint_activations(self, enabled: bool) -> None:
         """Keep only the input of each layer for the backward pass, and run the layer again there."""
@@ -224,16 +188,3 @@ class RNN(Model):
             "total": total,
             "without_embeddings": total - sum(parameters(table) for table in tables if table is not None),
         }
-
-
-def _layer(layer: nn.Module, h: Tensor, sizes_L: Tensor | None, begin: Hidden | None) -> tuple[Tensor, ...]:
-    """(outputs, last h[, last c]) of one layer over rows [B, T, D], or over packed places [N, D] of sizes [L]."""
-    lstm = isinstance(layer, nn.LSTM)
-    given = None
-    if begin is not None:
-        given = tuple(b[None] for b in begin) if lstm else begin[0][None]
-    value = h if sizes_L is None else PackedSequence(h, sizes_L)
-    out, after = layer(value, given)
-    if sizes_L is not None:
-        out = out.data
-    return (out, *(a[0] for a in (after if lstm else (after,))))

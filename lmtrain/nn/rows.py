@@ -42,51 +42,58 @@ def document_positions(first_BT: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """Rows re-cut at document starts and laid out for a packed recurrent pass, longest segment first, without padding.
+class Part:
+    """Segments of similar length, side by side.
 
-    order_N: int64 [B * T]: which position of the flattened rows stands at each packed place; inverse_N undoes it.
-    sizes_L: int64 [L] on the CPU: segments still running at each of the L steps.
-    segment_N: int64 [B * T]: the segment (numbered by descending length) of each packed place.
-    open_B, last_B: int64 [B]: the first and the last segment of each row.
-    fresh_B: bool [B]: the row's first symbol begins a document.
-    segments: how many there are.
+    place_SL: int64 [S, L], where step l of each segment stands in the flattened rows; a shorter segment repeats its
+    last place. row_S: the row of each segment. opens_S: it continues what came before the row. closes_S: it ends it.
     """
 
-    order_N: Tensor
+    place_SL: Tensor
+    row_S: Tensor
+    opens_S: Tensor
+    closes_S: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Recut:
+    """Rows cut where documents begin, every segment in exactly one part, padded to less than twice its length.
+
+    inverse_N: int64 [B * T], where each place of the flattened rows stands in the parts' flattened, joined steps.
+    segment_N: int64 [B * T], the segment of each place. segments: how many there are.
+    """
+
+    parts: list[Part]
     inverse_N: Tensor
-    sizes_L: Tensor
     segment_N: Tensor
-    open_B: Tensor
-    last_B: Tensor
-    fresh_B: Tensor
     segments: int
 
 
-def pack(first_BT: Tensor) -> Packing:
-    """The packing of rows whose documents begin where `first_BT` is True."""
+def recut(first_BT: Tensor, *, ends: bool = False) -> Recut:
+    """Cut rows where `first_BT` is True. With `ends`, segments that close a row stand beside equally long ones only.
+
+    (So their last step is the last of their part, and a recurrent layer's final state is theirs.)
+    """
     B, T = first_BT.shape
     cut_BT = first_BT.clone()
     cut_BT[:, 0] = True
-    segment_N = cut_BT.flatten().cumsum(0) - 1
-    length_S = torch.bincount(segment_N)
-    S = length_S.numel()
-    by_length_S = torch.argsort(length_S, descending=True, stable=True)
-    rank_S = torch.empty_like(by_length_S)
-    rank_S[by_length_S] = torch.arange(S, device=first_BT.device)
-    step_N = document_positions(cut_BT).flatten()
-    ranked_N = rank_S[segment_N]
-    order_N = torch.argsort(step_N * S + ranked_N)
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(B * T, device=first_BT.device)
-    ranked_BT = ranked_N.view(B, T)
-    return Packing(
-        order_N=order_N,
-        inverse_N=inverse_N,
-        sizes_L=torch.bincount(step_N).cpu(),
-        segment_N=ranked_N[order_N],
-        open_B=ranked_BT[:, 0],
-        last_B=ranked_BT[:, -1],
-        fresh_B=first_BT[:, 0],
-        segments=S,
-    )
+    cut_N = cut_BT.flatten()
+    start_S = cut_N.nonzero()[:, 0]
+    length_S = torch.diff(start_S, append=start_S.new_tensor([B * T]))
+    closes_S = (start_S + length_S) % T == 0
+    opens_S = (start_S % T == 0) & ~first_BT.flatten()[start_S]
+    kind_S = torch.log2(length_S.double()).ceil().long()
+    if ends:
+        kind_S = torch.where(closes_S, -length_S, kind_S)
+    inverse_N = torch.empty_like(cut_N, dtype=torch.int64)
+    parts, before = [], 0
+    for kind in sorted(set(kind_S.tolist())):
+        of_S = (kind_S == kind).nonzero()[:, 0]
+        length_S1 = length_S[of_S, None]
+        step_L = torch.arange(int(length_S1.max()), device=first_BT.device)
+        place_SL = start_S[of_S, None] + torch.minimum(step_L, length_S1 - 1)
+        real_SL = step_L < length_S1
+        inverse_N[place_SL[real_SL]] = before + real_SL.flatten().nonzero()[:, 0]
+        before += place_SL.numel()
+        parts.append(Part(place_SL, start_S[of_S] // T, opens_S[of_S], closes_S[of_S]))
+    return Recut(parts, inverse_N, cut_N.cumsum(0) - 1, start_S.numel())

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmtrain import models
 from lmtrain.errors import ConfigError, InputError
-from lmtrain.nn.recurrent import GRU, LSTM, locked_mask
+from lmtrain.nn.recurrent import GRU, LSTM, locked_dropout
 from lmtrain.protocol import Carries, Cond, Spec
 
 BASE = {"kind": "rnn", "layers": 2, "width": 12}
@@ -164,9 +164,9 @@ def test_stream_remembers_what_a_row_of_any_length_would():
 # --- dropout, recomputation, precision, counts
 
 
-def test_locked_mask():
+def test_locked_dropout_keeps_the_mean():
     torch.manual_seed(0)
-    mask = locked_mask(400, 500, dropout=0.3, like=torch.zeros(1))
+    mask = locked_dropout(torch.ones(400, 3, 500), dropout=0.3, cut=None)
     assert mask.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
     assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
 

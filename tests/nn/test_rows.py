@@ -1,4 +1,4 @@
-"""Rows, documents and packing against loops written from their definitions."""
+"""Rows, documents and their parts against loops written from their definitions."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.nn.rows import document_mask, document_positions, pack, shift
+from lmtrain.nn.rows import document_mask, document_positions, recut, shift
 from lmtrain.protocol import Cond
 
 
@@ -51,29 +51,36 @@ def test_mask_and_positions(first_BT):
                 assert bool(mask[b, 0, t, s]) == (s <= t and doc[b, s] == doc[b, t])
 
 
-@settings(max_examples=60, deadline=None)
-@given(firsts())
-def test_packing_is_that_of_torch(first_BT):
-    """Cut rows into sequences by hand, pack them with torch's own function, and compare."""
+@settings(max_examples=100, deadline=None)
+@given(firsts(), st.booleans())
+def test_recut_by_hand(first_BT, ends):
     B, T = first_BT.shape
     doc = documents(first_BT)
-    value = torch.arange(B * T).view(B, T)
-    sequences, owner = [], []
+    segments = {}  # (row, document) -> its places
     for b in range(B):
-        for d in sorted(set(doc[b].tolist())):
-            sequences.append(value[b][torch.from_numpy(doc[b] == d)])
-            owner.append((b, d))
-    order = sorted(range(len(sequences)), key=lambda s: -len(sequences[s]))  # stable
-    reference = torch.nn.utils.rnn.pack_sequence([sequences[s] for s in order])
-    got = pack(first_BT)
-    assert got.segments == len(sequences)
-    assert torch.equal(value.flatten()[got.order_N], reference.data)
-    assert torch.equal(got.sizes_L, reference.batch_sizes)
-    assert torch.equal(value.flatten()[got.order_N][got.inverse_N], value.flatten())
-    for place in range(B * T):
-        b, t = divmod(int(got.order_N[place]), T)
-        assert owner[order[int(got.segment_N[place])]] == (b, doc[b, t])
-    for b in range(B):
-        assert owner[order[int(got.open_B[b])]] == (b, doc[b, 0])
-        assert owner[order[int(got.last_B[b])]] == (b, doc[b, -1])
-        assert bool(got.fresh_B[b]) == bool(first_BT[b, 0])
+        for t in range(T):
+            segments.setdefault((b, int(doc[b, t])), []).append(b * T + t)
+    got = recut(first_BT, ends=ends)
+    assert got.segments == len(segments)
+    owner = {place: list(segments).index(key) for key, places in segments.items() for place in places}
+    assert got.segment_N.tolist() == [owner[n] for n in range(B * T)]
+    joined = torch.cat([part.place_SL.flatten() for part in got.parts])
+    assert torch.equal(joined[got.inverse_N], torch.arange(B * T))
+    seen = []
+    for part in got.parts:
+        for places, row, opens, closes in zip(
+            part.place_SL.tolist(), part.row_S.tolist(), part.opens_S.tolist(), part.closes_S.tolist(), strict=True
+        ):
+            (key,) = [key for key, own in segments.items() if own[0] == places[0]]
+            own = segments[key]
+            assert places[: len(own)] == own
+            assert set(places[len(own) :]) <= {own[-1]}  # only repetitions of its last place follow
+            assert len(places) < 2 * len(own)
+            assert row == key[0]
+            assert opens == (own[0] % T == 0 and not first_BT[row, 0])
+            assert closes == (own[-1] % T == T - 1)
+            if ends and closes:
+                assert len(places) == len(own)
+            seen.append(key)
+    assert sorted(seen) == sorted(segments)
+    assert len(got.parts) <= T.bit_length() + 1 + (B if ends else 0)
