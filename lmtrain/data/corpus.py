@@ -161,7 +161,6 @@ class PreparedCorpus:
         return data
 
     def _compare_sha256(self, name: str, data: bytes | None = None) -> None:
-
         found = file_sha256(self.path / name) if data is None else hashlib.sha256(data).hexdigest()
         if found != self._files[name]["sha256"]:
             raise CorpusError(f"{self.path / name} is damaged (sha256 differs from the manifest's); {MEND}")

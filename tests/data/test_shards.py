@@ -461,7 +461,9 @@ def test_only_what_is_touched_is_verified_and_only_once(healthy, tmp_path, monke
     assert computed == [MIB]
     assert np.array_equal(every.read(0, 1000), clean)
     assert computed == [MIB]
-    for start, stop in ((MIB - 1, MIB + 1), (MIB, MIB + 1), (MIB + 5, 2 * MIB + 9)):
+    tokens.read(2 * MIB, 2 * MIB + 1)
+    between = (MIB - 1, 2 * MIB + 1)  # both ends are verified, what lies between them is not
+    for start, stop in (between, (MIB - 1, MIB + 1), (MIB, MIB + 1), (MIB + 5, 2 * MIB + 9)):
         with pytest.raises(CorpusError, match=r"tokens-00000\.bin is damaged in its MiB 1"):
             tokens.read(start, stop)
     assert tokens.read(MIB - 5, MIB) == bytes(data[MIB - 5 : MIB])
