@@ -9,8 +9,8 @@ In `<out>.partial`, which one preparation at a time holds by flock:
 then index and manifest, and the folder is renamed to `<out>`. Survey, leakage and tokens run in worker processes. What
 was killed goes on where it was: the source is read again and compared, the plan and the finished blocks are kept.
 
-Memory: `processes` blocks, 16 bytes a held-out 13-gram, about 60 bytes a document; a document larger than a block is a
-block of its own. Disk besides the corpus: the raw text, compressed, until its tokens are written.
+Memory: about 8 * block_bytes a process, 16 bytes a held-out 13-gram, 60 bytes a document; a document larger than a
+block is a block of its own. Disk besides the corpus: the raw text, compressed, until its tokens are written.
 
 Documents without a byte are left out. Words are `len(raw.split())`: maximal runs of bytes other than ASCII white space.
 `words_eos`, the count of PTB and WikiText, adds one `<eos>` a line: words + line feeds.

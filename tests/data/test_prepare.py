@@ -179,6 +179,24 @@ def test_every_instant_of_progress_can_be_the_last(tmp_path: Path, change: str) 
             break
 
 
+def test_a_source_that_grew_by_whole_blocks_is_planned_anew(tmp_path: Path) -> None:
+    documents = [b"%099d" % i + b"." for i in range(8)]  # each fills a block, so every old block stays the same
+    tree = {"source": jsonl(tmp_path / "t.jsonl", documents[:6]), "tokenizer": {"kind": "characters"}}
+    settings = config({**tree, "block_bytes": 100, "split": {"kind": "tail", "valid": 0.25}})
+
+    def stop(stage: str, done: int, total: int | None) -> None:
+        if stage == "tokens" and done == 300:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        prepare.prepare(settings, tmp_path / "out", progress=stop)
+    assert len(list((tmp_path / "out.partial").glob("block-*.json"))) == 3
+    jsonl(tmp_path / "t.jsonl", documents)
+    found = prepare.prepare(settings, tmp_path / "out")
+    assert found.fingerprint == prepare.prepare(settings, tmp_path / "wanted").fingerprint
+    assert found.manifest["counts"]["train"]["documents"] == 6
+
+
 def test_what_is_whole_is_published_and_what_is_damaged_is_redone(tmp_path: Path, monkeypatch: Any) -> None:
     source = jsonl(tmp_path / "t.jsonl", talk(7, 30))
     settings = config({"source": source, "tokenizer": BYTES, "block_bytes": 3_000})
