@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -725,6 +726,19 @@ def test_a_checkpoint_in_the_wrong_folder_is_refused(tmp_path: Path) -> None:
     other = path.rename(tmp_path / "step-00000004")
     assert faults(other) == [f"{other}/manifest.json is of step 3, its folder's name says 4"]
     assert faults(other.rename(tmp_path / "copied-elsewhere")) == []
+
+
+def test_a_file_of_another_size_is_told_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without reading what may be very much."""
+    path = save(tmp_path, engines(1))
+    file = path / "r00000-000.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, 2**40)
+    monkeypatch.setattr(tensorfile, "sha256", lambda path: pytest.fail("it was read"))
+    wanted = f"{file} has {2**40} bytes, the manifest says {size}: cut or replaced"
+    assert faults(path) == [wanted]
+    with pytest.raises(CheckpointError, match=re.escape(wanted)):
+        Reader(path).read("scale", "weight", 0, 1)
 
 
 def test_a_file_that_is_no_file_is_refused(tmp_path: Path) -> None:

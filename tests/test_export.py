@@ -61,7 +61,7 @@ def test_one_file_holds_every_weight(path: Path, ranks: list[FakeEngine], tmp_pa
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("part_bytes", [1, 64, 100, 200, 215, 216, 219, 10**6])
+@pytest.mark.parametrize("part_bytes", [1, 64, 100, 200, 215, 216, 219, 226, 227, 10**6])
 def test_parts_and_their_index_hold_every_weight_once(
     path: Path, ranks: list[FakeEngine], tmp_path: Path, part_bytes: int
 ) -> None:
@@ -123,6 +123,19 @@ def test_a_full_disk_leaves_nothing(path: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tensorfile, "write", full)
     with pytest.raises(CheckpointError, match="out was not written: No space left on device"):
         export(path, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("call", ["rename", "fsync", "mkdir"])
+def test_it_is_all_there_or_not_at_all(path: Path, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kw: Any) -> None:
+        assert not (tmp_path / "out").exists()
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(CheckpointError, match="out was not written: Read-only file system"):
+        export(path, tmp_path / "out", part_bytes=100)
+    monkeypatch.undo()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 

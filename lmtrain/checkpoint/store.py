@@ -277,9 +277,7 @@ class Checkpoints:
             self._note(f"old checkpoints in {self.folder} could not be removed: {error}")
 
     def _looks_good(self, saved: Saved) -> bool:
-        """By manifest and sizes, unless a restore has found it damaged; looked up once, checkpoints do not change."""
-        if saved.path in self._bad:
-            return False
+        """By manifest and sizes; looked up once, checkpoints do not change."""
         if saved.path not in self._is_best:
             if faults(saved.path, contents=False):
                 return False
