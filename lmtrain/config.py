@@ -26,7 +26,7 @@ C = TypeVar("C", bound=BaseModel)
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 3e-4 is a number, `on` and `no` are words, and a repeated key is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # type: ignore[misc]  # the stubs say an instance's
         first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:bool"]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

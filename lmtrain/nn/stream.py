@@ -9,6 +9,7 @@ stream and pushes the last symbols again.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -62,8 +63,9 @@ class _Reading(Stream):
             "open a new one and push the last symbols again"
         )
 
+    @abstractmethod
     def _read(self, in_Bn: Tensor) -> Distribution:
-        raise NotImplementedError
+        """The next symbol's distribution after the inputs that were not read yet."""
 
 
 class CachedStream(_Reading):
