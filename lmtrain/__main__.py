@@ -64,7 +64,9 @@ def train(context: typer.Context, config: ConfigPath, overrides: Overrides = Non
     from lmtrain import place, run, schema
 
     where = place.find(os.environ, local_rank=context.obj["local_rank"])
-    raise typer.Exit(run.train_run(schema.load(config, overrides or []), where, environment=os.environ))
+    raise typer.Exit(
+        run.train_run(schema.load(config, overrides or [], environment=os.environ), where, environment=os.environ)
+    )
 
 
 @app.command()
@@ -239,7 +241,7 @@ def config(
     from lmtrain import run, schema
     from lmtrain.config import dump
 
-    resolved = schema.load(path, overrides or [])
+    resolved = schema.load(path, overrides or [], environment=os.environ)
     if deepspeed:
         generated = run.generated_json(resolved, world=world)
         if generated is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from lmtrain.engine import EngineConfig, OptimizerConfig, ScheduleConfig
 from lmtrain.errors import ConfigError
 from lmtrain.inference.score import EvalConfig
 from lmtrain.models import ModelConfig
-from lmtrain.tracker import WandbConfig
+from lmtrain.tracker import WandbConfig, environment_settings
 from lmtrain.train import TrainConfig
 
 
@@ -68,9 +68,16 @@ class RunConfig(Config):
         return Path(self.run.dir) / (self.run.name or "run")
 
 
-def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The config in a file, with `a.b=c` overrides; ConfigError in one line when anything in it cannot be run."""
-    tree = override(read_yaml(path), overrides)
+def load(path: Path, overrides: Iterable[str] = (), *, environment: Mapping[str, str] | None = None) -> RunConfig:
+    """The config in a file, under WANDB_* of `environment`, under `a.b=c` overrides.
+
+    Raises ConfigError in one line when anything in it cannot be run.
+    """
+    tree = read_yaml(path)
+    wandb = environment_settings(environment or {})
+    if wandb and isinstance(tree.get("wandb") or {}, dict):
+        tree["wandb"] = {**(tree.get("wandb") or {}), **wandb}
+    tree = override(tree, overrides)
     run = tree.setdefault("run", {})
     if isinstance(run, dict) and run.get("name") is None:
         run["name"] = path.stem

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmtrain import stopping, tracker
+from lmtrain import schema, stopping, tracker
 from lmtrain.config import build
 from lmtrain.console import Console
 from lmtrain.errors import ConfigError, DivergenceError
@@ -218,6 +218,20 @@ def test_the_standard_variables_are_the_wandb_section() -> None:
     assert environment_settings({"WANDB_MODE": "online", "WANDB_DISABLED": "true"}) == {"mode": "disabled"}
     with pytest.raises(ConfigError, match="WANDB_MODE = 'shared'; wanted online"):
         environment_settings({"WANDB_MODE": "shared"})
+
+
+def test_an_override_beats_the_environment_and_that_beats_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("data: {corpus: c, context: 8, global_batch: 4}\nwandb: {project: file, group: file, name: file}\n")
+    environment = {"WANDB_PROJECT": "variable", "WANDB_RUN_GROUP": "variable"}
+    config = schema.load(path, ["wandb.project=override"], environment=environment).wandb
+    assert (config.project, config.group, config.name) == ("override", "variable", "file")
+    assert schema.load(path).wandb.project == "file"
+    path.write_text("data: {corpus: c, context: 8, global_batch: 4}\n")
+    assert schema.load(path, environment=environment).wandb.project == "variable"
+    path.write_text("data: {corpus: c, context: 8, global_batch: 4}\nwandb: online\n")
+    with pytest.raises(ConfigError, match="wandb"):
+        schema.load(path, environment=environment)
 
 
 @pytest.mark.parametrize(
