@@ -108,7 +108,7 @@ class MemoryCorpus:
     labels = 0
 
     def __init__(self, tokenizer: Tokenizer, documents: Iterable[bytes], *, name: str = "data") -> None:
-        """Raises InputError when there is nothing to score, TokenizerError for bytes that the tokenizer cannot write."""
+        """Raises InputError when there is nothing to score, TokenizerError for bytes that cannot be encoded."""
         raw = list(documents)
         if not any(raw):
             raise InputError(f"{name}: there is not one byte to score")

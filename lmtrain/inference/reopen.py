@@ -106,9 +106,8 @@ class Reopened:
         length = x_BT.shape[1]
         first = 0 if self._plan is None else self._plan.row_of(length) * self._plan.stride
         if first:
-            # The next opening begins at first + stride: nothing before the new start symbol is asked for again.
+            # The next opening begins at first + stride: nothing before this start symbol is asked for again.
             start_B = x_BT[:, first - 1]
-            self._recent.clear()
             self._recent.append(start_B)
             self._stream = self._open(start_B)
         for t in range(first, length):
