@@ -227,6 +227,21 @@ def test_reports_and_drops_against_brute_force(
     assert kept == Counter(parts["train"])
 
 
+@pytest.mark.parametrize(("share", "left"), [(0.4, 1), (0.5, 2)])
+def test_a_document_is_dropped_above_its_share_not_at_it(tmp_path: Path, share: float, left: int) -> None:
+    held = b" ".join(
+        b"h%d" % i for i in range(13)
+    )  # one 13-gram; with a word more there are two, half of them held out
+    parts = {"train": [held + b" more", b"nothing of it"], "valid": [held]}
+    for name, documents in parts.items():
+        jsonl(tmp_path / f"{name}.jsonl", documents)
+    source = {"kind": "files", "paths": {name: str(tmp_path / f"{name}.jsonl") for name in parts}}
+    tree = {"source": source, "tokenizer": BYTES, "drop": "leakage", "drop_share": share}
+    found = prepare.prepare(config(tree), tmp_path / "c").manifest
+    assert found["counts"]["train"]["documents"] == left
+    assert found["drop"]["leakage"] == 2 - left
+
+
 def test_without_leakage_nothing_is_looked_for(tmp_path: Path, leaky: Any) -> None:
     seen: set[str] = set()
     tree = {"source": leaky[0], "tokenizer": BYTES, "leakage": False}
