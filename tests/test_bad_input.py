@@ -81,7 +81,12 @@ CASES = [
     ("an empty glob", 3, ["prepare", "{c}", "data.corpus={p}/new", "prepare.source.paths=['{p}/*.xyz']"], "xyz"),
     ("broken jsonl", 3, ["prepare", "{c}", "data.corpus={p}/new", "prepare.source.paths=[{p}/bad.jsonl]"], "bad.jsonl"),
     ("no such field", 3, ["prepare", "{c}", "data.corpus={p}/new", "prepare.source.paths=[{p}/field.jsonl]"], "body"),
-    ("nothing in it", 3, ["prepare", "{c}", "data.corpus={p}/new", "prepare.source.paths=[{p}/nothing.txt]"], "empty"),
+    (
+        "nothing in it",
+        3,
+        ["prepare", "{c}", "data.corpus={p}/new", "prepare.source.paths=[{p}/nothing.txt]"],
+        "gave no text",
+    ),
     ("no prepare", 2, ["prepare", "{c}", "prepare=null"], "prepare is not given"),
     ("another preparation", 3, ["prepare", "{c}", "prepare.tokenizer.kind=characters"], "corpus"),
     ("splits that leave nothing", 2, ["prepare", "{c}", "prepare.split.valid=0.6", "prepare.split.test=0.5"], "split"),

@@ -25,12 +25,11 @@ from lmtrain.data.splits import Division, divide
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.data.tokenizer import load as load_tokenizer
 from lmtrain.data.tokenizer import train as train_a_tokenizer
+from lmtrain.data.workplace import PLAN
 from lmtrain.errors import CorpusError, TokenizerError
 
 if TYPE_CHECKING:
     from lmtrain.data.prepare import PrepareConfig
-
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True)

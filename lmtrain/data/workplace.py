@@ -19,6 +19,9 @@ from lmtrain.errors import CorpusError
 RECIPE = "prepare.json"
 """The settings that a corpus was made with; beside the manifest, not part of it, since it may hold paths."""
 
+PLAN = "plan.json"
+"""What was decided before the first token is written (plan.py): from here on there is work to lose."""
+
 LOCK = "lock"
 PATIENCE = 5.0
 """Seconds to wait for the lock: the workers of a preparation that was killed take a moment to notice."""
@@ -56,12 +59,15 @@ class Workplace:
 
     @contextmanager
     def locked(self, *, force: bool) -> Iterator[None]:
-        """Hold `<out>.partial`, made if needed. With `force` what was begun with other settings is thrown away."""
+        """Hold `<out>.partial`, made if needed.
+
+        What was begun with other settings is thrown away with `force`, and when it did not come to its plan.
+        """
         self._is_there()
         self.lock = self._acquire()
         try:
             if (self.partial / RECIPE).exists() and (difference := _difference(self.partial / RECIPE, self.recipe)):
-                if not force:
+                if not force and (self.partial / PLAN).exists():
                     raise CorpusError(
                         f"{self.partial} is an unfinished preparation with other settings ({difference}); finish it "
                         "with those, or --force to begin again"

@@ -256,21 +256,25 @@ def test_a_finished_corpus_is_left_refused_or_replaced(tmp_path: Path) -> None:
     assert prepare.prepare(other, out, force=True).fingerprint not in (first.fingerprint, replaced.fingerprint)
 
 
-def test_an_unfinished_preparation_with_other_settings_is_not_thrown_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["leakage", "tokens"])
+def test_an_unfinished_preparation_with_other_settings_is_kept_once_it_has_a_plan(tmp_path: Path, stage: str) -> None:
     source = jsonl(tmp_path / "t.jsonl", talk(8, 60))
 
-    def stop(stage: str, done: int, total: int | None) -> None:
-        if stage == "leakage":
+    def stop(now: str, done: int, total: int | None) -> None:
+        if now == stage:
             raise _Killed
 
     with pytest.raises(_Killed):
         prepare.prepare(config({"source": source, "tokenizer": BYTES}), tmp_path / "out", progress=stop)
     other = config({"source": source, "tokenizer": BYTES, "block_bytes": 1000})
+    wanted = prepare.prepare(other, tmp_path / "wanted")
+    if stage == "leakage":
+        assert prepare.prepare(other, tmp_path / "out").fingerprint == wanted.fingerprint
+        return
     with pytest.raises(
         CorpusError, match=r"unfinished preparation with other settings \(prepare\.block_bytes = 67108864"
     ):
         prepare.prepare(other, tmp_path / "out")
-    wanted = prepare.prepare(other, tmp_path / "wanted")
     assert prepare.prepare(other, tmp_path / "out", force=True).fingerprint == wanted.fingerprint
 
 
