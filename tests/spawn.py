@@ -3,8 +3,8 @@
     results = spawn("tests.engine.jobs:curves", world=2, stage=3)        # a list with one JSON value a rank
 
 The job is a module-level function `job(place, folder, **arguments) -> JSON value`. `folder` is shared by the ranks of
-one spawn; arrays go there as .npz. A rank that fails, or that is not done in time, fails the test with the ends of all
-logs, and no process outlives the call.
+one spawn; arrays go there as .npz, and what rank N writes to stdout and stderr as rankN.out and rankN.log. A rank that
+fails, or is not done in time, fails the test with the ends of all logs, and no process outlives the call.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def spawn(
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
     if failed:
-        logs = "\n".join(f"--- rank {i}\n{(folder / f'rank{i}.log').read_text()[-6000:]}" for i in range(world))
+        ends = [(folder / f"rank{i}.{end}").read_text()[-6000:] for i in range(world) for end in ("out", "log")]
+        logs = "\n".join(f"--- rank {i}\n{ends[2 * i]}{ends[2 * i + 1]}" for i in range(world))
         what = ", ".join(
             f"rank {i} " + ("not done in time" if code == -1 else f"exit {code}") for i, code in failed.items()
         )
@@ -79,13 +80,13 @@ def _start(
         "OMP_NUM_THREADS": str(threads),
         "WANDB_MODE": "offline",
     }
-    with (folder / f"rank{rank}.log").open("wb") as log:
+    with (folder / f"rank{rank}.out").open("wb") as out, (folder / f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.spawn", json.dumps(order)],
             cwd=ROOT,
             env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            stdout=out,
+            stderr=log,
             start_new_session=True,
         )
 

@@ -56,9 +56,9 @@ class ZeroEngine:
             raise EngineError(
                 f"engine.precision = fp16 is not supported on {self.device.type}; use fp32, or bf16 on a GPU"
             )
-        self.control = rendezvous.join(place, self.device, timeout=config.timeout)
         if config.activation_checkpointing:
             microbatch.checkpoint_activations(model)
+        self.control = rendezvous.join(place, self.device, timeout=config.timeout)
         named = list(model.named_parameters())
         grouped = optimizer.groups(optimizer_config, named)
         moments = {n: optimizer.moments(optimizer_config, g) for g in grouped for n in g["names"]}
@@ -67,6 +67,7 @@ class ZeroEngine:
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_json)
         except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
             # Values of keys that we only pass on: pydantic's ValidationError is a ValueError.
+            _leave()
             line = " ".join(str(error).split())[:300]
             raise ConfigError(f"DeepSpeed refuses its configuration: {line}; see engine.deepspeed") from error
         self.model = model
@@ -177,11 +178,9 @@ class ZeroEngine:
 
     def close(self) -> None:
         """Leave the process group. Without the other ranks: a rank that failed leaves alone."""
-        from deepspeed import comm
-
         if dist.is_initialized():
             self.engine.destroy()
-            comm.destroy_process_group()
+            _leave()
             self.control = None
 
 
@@ -211,6 +210,13 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
             handler.setStream(sys.stderr)
     logger.addFilter(_quiet)
     return deepspeed
+
+
+def _leave() -> None:
+    """Destroy the process groups, DeepSpeed's references to them included."""
+    from deepspeed import comm
+
+    (comm if comm.is_initialized() else dist).destroy_process_group()
 
 
 def _import_uncompiled(name: str) -> None:

@@ -241,6 +241,7 @@ def run_case(place: Place, folder: Path, case: dict[str, Any], *, reference: Pat
         other.restore(
             Reader.load(reference), scalars={"optimizer_steps": SAVED, "skipped_steps": 1, "loss_scale": None}
         )
+        out["onward_score"] = score(other, micro=micro)
         out["onward"] = train(other, range(SAVED, AFTER), micro=micro)
         assert other.scalars()["skipped_steps"] == 1
     other.restore(before, scalars={"optimizer_steps": 0, "skipped_steps": 0, "loss_scale": None})

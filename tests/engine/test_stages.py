@@ -64,6 +64,8 @@ def compare(plain: Any, stage: int, world: int, todo: list[dict[str, Any]], *, r
         cases=[case | {"zero_stage": stage} for case in todo],
         references=str(references),
     )
+    for rank in range(world):
+        assert (folder / f"rank{rank}.out").read_text() == "", "stdout belongs to results"
     for other in ranks[1:]:
         assert other == ranks[0], "ranks disagree about the same numbers"
     for case, got in zip(todo, ranks[0], strict=True):
@@ -72,6 +74,7 @@ def compare(plain: Any, stage: int, world: int, todo: list[dict[str, Any]], *, r
         assert got["curve"] == pytest.approx(want["curve"], rel=relative), where
         assert len(set(got["curve"])) == case["steps"]
         assert got["onward"] == pytest.approx(want["curve"][SAVED:AFTER], rel=relative), f"{where}, from plain's save"
+        assert got["onward_score"] == pytest.approx(want["score"], rel=relative), f"{where}, from plain's save"
         assert got["score"] == pytest.approx(want["score"], rel=relative), where
         assert got["scalars"] == want["scalars"], where
         label = case["label"]
