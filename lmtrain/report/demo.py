@@ -195,12 +195,14 @@ def _gpt(out: Console, folder: Path, config: Path, *, seconds: float) -> Trained
     _train(config, overrides, out)
     after = _rows(folder / "gpt")
     if before:
-        table = Table("step", "batch before", "batch after", "loss before", "loss after", "the same")
+        table = Table("step", "batch", "loss", "after the kill")
         for step in range(saved + 1, saved + AFTER_SAVE + 1):
             old, new = before[step], after[step]
-            same = old["batch"] == new["batch"] and old["train/loss"] == new["train/loss"]
-            row = (old["batch"], new["batch"], repr(old["train/loss"]), repr(new["train/loss"]))
-            table.add_row(str(step), *row, "yes, to the last bit" if same else "[red]NO[/red]")
+            same = all(old[key] == new[key] for key in ("batch", "train/loss"))
+            other = f"[red]batch {new['batch']}, loss {new['train/loss']!r}[/red]"
+            table.add_row(
+                str(step), old["batch"], repr(old["train/loss"]), "the same, to the last bit" if same else other
+            )
         out.print(table)
     return _result(folder, "gpt")
 
