@@ -109,6 +109,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                 if reason is None and train_config.samples:
                     log_samples(config, corpora[0], engine, tracker, step=standing.step)
                 tracker.finish(stopped=reason, summary={"best": standing.best, "best_step": standing.best_step})
+                engine.agree(0)  # launchers end all ranks when the first one leaves: rank 0 is done with W&B here
     finally:
         engine.close()
     return EXIT_STOPPED if reason else 0
