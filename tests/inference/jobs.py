@@ -28,9 +28,9 @@ RUNS: list[dict[str, Any]] = [
 
 
 def corpus() -> MemoryCorpus:
-    """35 documents of 0 to 40 bytes: rows end inside documents, the last row is short, no rank has the same work."""
+    """35 documents of 0 to 25 bytes: rows end inside documents, the last row is short, no rank has the same work."""
     rng = np.random.default_rng(0)
-    texts = [rng.integers(97, 123, rng.integers(0, 41)).astype(np.uint8).tobytes() for _ in range(35)]
+    texts = [rng.integers(97, 123, rng.integers(0, 26)).astype(np.uint8).tobytes() for _ in range(35)]
     return MemoryCorpus(Bytes(recipe={}), texts)
 
 

@@ -81,7 +81,7 @@ def _blocks(rng: RNG, units: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("draw", "units", "least"),
-    [(_blocks, 10, 0.92), (_blocks, 40, 0.925), (_documents, 30, 0.91), (_documents, 200, 0.92)],
+    [(_blocks, 10, 0.92), (_blocks, 40, 0.925), (_documents, 30, 0.91), (_documents, 100, 0.92)],
 )
 def test_coverage(draw: Callable[[RNG, int], tuple[np.ndarray, np.ndarray]], units: int, least: float) -> None:
     """Of 500 test sets drawn from one source, how many intervals hold the source's own ratio? About 95 %.

@@ -45,7 +45,7 @@ def prepare(folder: Path, kind: str, *, miscount: int = 0) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece-unigram", "sentencepiece-bpe", "characters", "bytes"])
+@pytest.mark.parametrize("kind", ["sentencepiece-unigram", "bytes"])
 def test_disk_equals_memory_and_the_files(tmp_path: Path, kind: str) -> None:
     corpus = open_corpus(prepare(tmp_path, kind))
     tokenizer = trained()[kind]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from statistics import NormalDist
@@ -184,13 +183,13 @@ def test_a_sample_depends_on_seed_and_number_alone() -> None:
 
     def symbols(**settings: Any) -> list[list[int]]:
         torch.manual_seed(settings.get("batch", 0))  # torch's own generator has no say
-        drawn = sample(model, config=config(max_symbols=20, **settings), start=END, end=END, prompt_N=prompt)
+        drawn = sample(model, config=config(max_symbols=12, **settings), start=END, end=END, prompt_N=prompt)
         assert [one.index for one in drawn] == list(range(settings["n"]))
         return [one.symbols.tolist() for one in drawn]
 
     twelve = symbols(n=12, seed=5)
     assert len({tuple(one) for one in twelve}) == 12
-    for n, batch in itertools.product((1, 5, 12), (1, 3, 32)):
+    for n, batch in ((1, 1), (5, 2), (12, 5), (12, 32)):
         assert symbols(n=n, seed=5, batch=batch) == twelve[:n]
     assert all(a != b for a, b in zip(symbols(n=12, seed=6), twelve, strict=True))
     assert symbols(n=4, seed=5, temperature=0.8) != twelve[:4]
