@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def train_on(
 ) -> dict[str, Any]:
     """Train up to step `until` from the newest checkpoint below `out`, saving there after every step (None: nowhere).
 
-    Says "resumed STEP DIGEST" on stdout when it begins; returns the digests at the steps `marks` and at the end.
+    Writes [step, digest] into began<rank>.json when it begins; returns the digests at the steps `marks` and at the end.
     """
     torch.set_num_threads(1)
     loader = loader_of(corpus)
@@ -140,7 +141,9 @@ def train_on(
     if store is not None and used:
         begin, state = store.restore(engine)
         assert state == {"at": begin}
-    print(f"resumed {begin} {digest(engine)}", flush=True)
+    new = folder / f"began{place.rank}.tmp"
+    new.write_text(json.dumps([begin, digest(engine)]))
+    new.replace(folder / f"began{place.rank}.json")
     digests = {}
     for step in range(begin, until):
         if step in marks:

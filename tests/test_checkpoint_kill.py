@@ -4,6 +4,7 @@ bit-equal to one that nobody touched. And the disk is full, really.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -41,10 +42,11 @@ def started(folder: Path, world: int, **arguments: object) -> Iterator[list[subp
 
 def resumed(folder: Path, rank: int) -> tuple[int, str] | None:
     """(step, digest) that a rank began with, once it has said so."""
-    for line in (folder / f"rank{rank}.log").read_text().splitlines():
-        if line.startswith("resumed ") and line.count(" ") == 2:
-            return int(line.split()[1]), line.split()[2]
-    return None
+    try:
+        step, digest = json.loads((folder / f"began{rank}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return int(step), str(digest)
 
 
 def killed_run(tmp_path: Path, *, stage: int | None, world: int, kills: int, seed: int) -> int:
