@@ -16,7 +16,7 @@ from typing import Any
 
 from lmtrain.engine import ds_keys
 from lmtrain.engine.optimizer import OptimizerConfig
-from lmtrain.engine.settings import EngineConfig
+from lmtrain.engine.settings import EngineConfig, on_cpu
 from lmtrain.errors import ConfigError
 
 AUTO = "auto"
@@ -44,10 +44,12 @@ def _generated(
     config: EngineConfig, optimizer: OptimizerConfig, *, micro_batch: int, accumulation: int, world: int
 ) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.zero_stage in (1, 2) and config.precision == "fp32" and config.offload == "none" and on_cpu(config):
+        zero["contiguous_gradients"] = False  # host memory does not fragment; saves two copies of every gradient
     if config.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it rounds differently from torch's
     if config.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": config.device != "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu(config)}
     out: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * world,
         "train_micro_batch_size_per_gpu": micro_batch,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmtrain.engine import microbatch, optimizer, pieces
 from lmtrain.engine.optimizer import OptimizerConfig
-from lmtrain.engine.settings import EngineConfig
+from lmtrain.engine.settings import EngineConfig, on_cpu
 from lmtrain.errors import ConfigError, EngineError
 from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport
 
@@ -138,7 +138,7 @@ class PlainEngine:
 
 def device_of(config: EngineConfig, place: Place) -> torch.device:
     """The device of this rank; EngineError when it is not there."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+    if on_cpu(config):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise EngineError("engine.device = cuda, but torch finds no CUDA device; use engine.device = cpu")

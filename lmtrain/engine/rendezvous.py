@@ -17,7 +17,8 @@ def join(place: Place, device: torch.device, *, timeout: float) -> dist.ProcessG
     """Join the ranks. Returns the gloo group for sums and agreement, None for a single rank.
 
     The rendezvous listens on `place.address` alone where that is an address of this host, and on all interfaces else.
-    A single rank needs no rendezvous (gloo itself listens on a port of its choice all the same). Raises EngineError when the ranks do not meet in time.
+    A single rank needs none (gloo itself listens on a port of its choice all the same).
+    Raises EngineError when the ranks do not meet in time.
     """
     limit = timedelta(seconds=timeout)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"

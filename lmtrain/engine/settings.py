@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from lmtrain.config import Config
@@ -49,3 +50,8 @@ class EngineConfig(Config):
             if self.offload != "none":
                 raise ValueError("engine.offload = cpu needs engine.zero_stage 1, 2 or 3; stage 0 divides nothing")
         return self
+
+
+def on_cpu(config: EngineConfig) -> bool:
+    """Whether this host computes on its CPU: as the config says, or because it has nothing else."""
+    return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())

@@ -135,6 +135,9 @@ class Stage12(Flat):
         self.zero.scaled_global_norm = lambda norm_type=2: self.verdict
         self.zero.check_grad_overflow = True
         self.zero.check_overflow = lambda partition_gradients=True: None
+        if world == 1 and self.zero.dtype == torch.float32:
+            # The mean over one rank: DeepSpeed would flatten, divide by one and copy back every gradient.
+            self.zero.average_tensor = self.zero.buffered_reduce_fallback = lambda *_, **__: None
         names = {id(p): name for name, p in named}
         for i, home in enumerate(self.zero.single_partition_of_fp32_groups):
             self.lay_out(

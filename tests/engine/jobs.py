@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmtrain import models
 from lmtrain.engine import EngineConfig, OptimizerConfig, make
@@ -95,11 +95,35 @@ class _NaNGradient(torch.autograd.Function):
         return grad * math.nan
 
 
+class Odd(Model):
+    """A tied matrix, a frozen parameter, buffers that are saved and one that is not; all of it is in the output."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(ALPHABET, 7)
+        self.inner = nn.Linear(7, 7)
+        self.again = self.inner  # tied: two names, one parameter
+        self.frozen = nn.Linear(7, 7, bias=False).requires_grad_(False)
+        self.lm_head = nn.Linear(7, ALPHABET)
+        self.register_buffer("shift", torch.randn(7))
+        self.register_buffer("count", torch.tensor([seed, 3]))
+        self.register_buffer("passing", torch.ones(3), persistent=False)
+
+    def forward(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
+        in_BT = torch.cat([cond.start_B[:, None], x_BT[:, :-1]], dim=1)
+        h_BTD = self.again(torch.tanh(self.inner(self.embed(in_BT))))
+        h_BTD = self.frozen(h_BTD) + self.shift * self.count[1] * self.passing.mean()
+        return torch.log_softmax(self.lm_head(h_BTD), -1).gather(2, x_BT[:, :, None])[:, :, 0]
+
+
 def small_model(name: str, *, seed: int = 1, **changes: Any) -> Model:
     """A model of a few thousand parameters, the same for the same arguments."""
     torch.manual_seed(seed)
-    config = models.parse(SMALL[name] | changes)
-    model = models.build(config, spec=Spec(alphabet=ALPHABET, context=CONTEXT, bos=ALPHABET - 1))
+    if name == "odd":
+        model: Model = Odd(seed)
+    else:
+        config = models.parse(SMALL[name] | changes)
+        model = models.build(config, spec=Spec(alphabet=ALPHABET, context=CONTEXT, bos=ALPHABET - 1))
     with torch.no_grad():
         for p in model.parameters():  # away from zero projections: every parameter has a gradient from the first step
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + seed)), alpha=0.02)

@@ -20,12 +20,12 @@ def make(given: Any = None, *, optimizer: dict[str, Any] | None = None, **settin
 
 
 def test_generated() -> None:
-    out = make(optimizer={"clip": 0.5})
+    out = make(optimizer={"clip": 0.5}, device="cpu")
     assert out["train_batch_size"] == 16
     assert out["train_micro_batch_size_per_gpu"] == 4
     assert out["gradient_accumulation_steps"] == 2
     assert out["gradient_clipping"] == 0.5
-    assert out["zero_optimization"] == {"stage": 1}
+    assert out["zero_optimization"] == {"stage": 1, "contiguous_gradients": False}
     assert "bf16" not in out
     json.dumps(out)
 
@@ -70,10 +70,10 @@ AGREEING: dict[str, Any] = {
 def test_agreeing_keys_are_merged_and_auto_is_filled(tmp_path: Path, inline: bool) -> None:
     path = tmp_path / "ds_config.json"
     path.write_text(json.dumps(AGREEING))
-    out = make(AGREEING if inline else str(path), zero_stage=2)
+    out = make(AGREEING if inline else str(path), zero_stage=2, device="cpu")
     assert out["train_batch_size"] == 16
     assert out["train_micro_batch_size_per_gpu"] == 4
-    assert out["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert out["zero_optimization"] == {"stage": 2, "overlap_comm": True, "contiguous_gradients": False}
     assert out["fp16"]["loss_scale_window"] == 500
     assert out["bf16"] == {}
     assert out["wall_clock_breakdown"] is True

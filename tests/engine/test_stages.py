@@ -22,6 +22,18 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt-clip": {"model": "gpt", "steps": 8, "optimizer": {"clip": 0.05}, "changes": {"tied": False}},
 }
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "odd": {"model": "odd", "steps": 8},
+    "odd-muon": {"model": "odd", "steps": 8, "optimizer": MUON},
+    "gpt-recompute": {"model": "gpt", "steps": 8, "activation_checkpointing": True},
+    "gpt-offload": {"model": "gpt", "steps": 8, "offload": "cpu"},
+    "rnn-offload-muon": {"model": "rnn", "steps": 8, "offload": "cpu", "optimizer": MUON},
+}
+LOW: dict[str, dict[str, Any]] = {
+    "gpt-bf16": {"model": "gpt", "steps": 20, "precision": "bf16"},
+    "gpt-bf16-muon": {"model": "gpt", "steps": 8, "precision": "bf16", "optimizer": MUON},
+}
+
 
 def micros(world: int) -> tuple[int, int]:
     """Micro-batches without and with accumulation on so many ranks."""
@@ -30,7 +42,8 @@ def micros(world: int) -> tuple[int, int]:
 
 def cases(world: int, names: list[str], **more: Any) -> list[dict[str, Any]]:
     """Each case without accumulation and with it."""
-    return [CASES[n] | {"label": f"{n}-{m}", "micro": m} | more for n in names for m in micros(world)]
+    known = CASES | VARIANTS | LOW
+    return [known[n] | {"label": f"{n}-{m}", "micro": m} | more for n in names for m in micros(world)]
 
 
 @pytest.fixture(scope="session")
@@ -96,3 +109,28 @@ def test_zero_1_on_two_ranks(plain: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_is_plain(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
     compare(plain, stage, world, cases(world, list(CASES)), relative=1e-6, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_variants_are_plain(plain: Any, tmp_path: Path, stage: int) -> None:
+    """Frozen and tied parameters, buffers, recomputed activations, offloaded optimizer state."""
+    names = [n for n, case in VARIANTS.items() if stage > 0 or "offload" not in case]
+    todo = [case for case in cases(2, names) if case["micro"] == 3]
+    compare(plain, stage, 2, todo, relative=1e-6, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_is_plain_bf16(plain: Any, tmp_path: Path, stage: int) -> None:
+    """Sums over two ranks round in bf16 where plain's are of one rank: within a few of its steps of 2^-8."""
+    todo = [case for case in cases(2, list(LOW)) if case["micro"] == 3]
+    compare(plain, stage, 2, todo, relative=5e-4, folder=tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_more_ranks(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
+    """Runs of unequal length: nothing divides by three."""
+    compare(plain, stage, world, cases(world, [*CASES, "odd", "odd-muon"]), relative=1e-6, folder=tmp_path)
