@@ -138,10 +138,10 @@ class Ranks:
 
 
 def compare(
-    *, world: int, size: str, tokens: int, rounds: int, contenders: tuple[str, ...], deepspeed: Any
+    *, world: int, size: str, tokens: int, rounds: int, threads: int, contenders: tuple[str, ...], deepspeed: Any
 ) -> dict[str, Any]:
     """Ratios of one size on `world` ranks: bare seconds / contender's seconds, round by round."""
-    threads = max(1, (os.cpu_count() or 1) // world)
+    threads = threads or max(1, (os.cpu_count() or 1) // world)
     ranks = [Ranks(n, world=world, threads=threads, size=size, tokens=tokens, deepspeed=deepspeed) for n in contenders]
     try:
         for r in ranks:
@@ -154,7 +154,13 @@ def compare(
     finally:
         for r in ranks:
             r.end()
-    out: dict[str, Any] = {"ranks": world, "size": size, "parameters": ranks[0].parameters, "tokens": tokens}
+    out: dict[str, Any] = {
+        "ranks": world,
+        "threads": threads,
+        "size": size,
+        "parameters": ranks[0].parameters,
+        "tokens": tokens,
+    }
     for name, rows in times.items():
         per = {"tokens_per_s": tokens * world * steps / statistics.median(row["wall"] for row in rows)}
         for clock in ("wall", "cpu"):
@@ -171,6 +177,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1M,10M")
     parser.add_argument("--tokens", default="4096", help="of a rank and step; several with commas")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=0, help="of each rank; default: the cores divided by the ranks")
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
     parser.add_argument("--deepspeed", type=json.loads, default=None, help="JSON that is added to DeepSpeed's")
     parser.add_argument("--json", type=Path, default=None)
@@ -191,6 +198,7 @@ def main() -> None:
                     size=size,
                     tokens=tokens,
                     rounds=given.rounds,
+                    threads=given.threads,
                     contenders=names,
                     deepspeed=given.deepspeed,
                 )

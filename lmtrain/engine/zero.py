@@ -7,12 +7,13 @@ over ranks, so a micro-batch's loss is nats * world / total weight, not divided 
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from typing import Any
 
@@ -64,7 +65,10 @@ class ZeroEngine:
         moments = {n: optimizer.moments(optimizer_config, g) for g in grouped for n in g["names"]}
         self.optimizer = optimizer.build(optimizer_config, grouped)
         try:
-            self.engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.deepspeed_json)
+            with redirect_stdout(io.StringIO()):  # its bf16 wrapper prints memory tables
+                self.engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=self.optimizer, config=self.deepspeed_json
+                )
         except (ValueError, AssertionError, NotImplementedError, TypeError) as error:
             # Values of keys that we only pass on: pydantic's ValidationError is a ValueError.
             _leave()
