@@ -16,6 +16,7 @@ from lmtrain.data.corpus import open_corpus
 from lmtrain.data.loader import DataConfig, Loader
 from lmtrain.engine import EngineConfig, OptimizerConfig, make
 from lmtrain.protocol import Engine, Place, Spec
+from lmtrain.stopping import die_with_parent
 
 STEPS, ROWS, CONTEXT = 6, 8, 12
 MODEL = {"kind": "gpt", "layers": 1, "width": 16, "heads": 2, "dropout": 0.1}
@@ -132,6 +133,7 @@ def train_on(
 
     Writes [step, digest] into began<rank>.json when it begins; returns the digests at the steps `marks` and at the end.
     """
+    die_with_parent()  # it may have no end of its own
     torch.set_num_threads(1)
     loader = loader_of(corpus)
     store = Checkpoints(Path(out), CheckpointConfig()) if out is not None else None
