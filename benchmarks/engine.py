@@ -119,7 +119,8 @@ class Ranks:
     def answers(self) -> list[dict[str, Any]]:
         lines = [p.stdout.readline() for p in self.processes if p.stdout]
         if not all(lines):
-            raise SystemExit(f"{self.name} died; see above")
+            codes = [p.poll() for p in self.processes]
+            raise SystemExit(f"{self.name} died, exit codes {codes}; what it said stands above")
         return [json.loads(line) for line in lines]
 
     def run(self, steps: int) -> dict[str, float]:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -213,6 +214,7 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
     logger.addFilter(_quiet)
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's calls, not ours
     return deepspeed
 
 

@@ -298,6 +298,7 @@ def read_by_deepspeed(place: Any, folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_tables_are_those_of_the_pinned_version() -> None:
     """Every key that DeepSpeed reads is in one of our tables, and no table has a key that it does not read."""
     found = spawn("tests.engine.test_ds_config:read_by_deepspeed", world=1)[0]

@@ -126,6 +126,7 @@ def divided(place: Place, folder: Path) -> dict[str, Any]:
     return worst
 
 
+@pytest.mark.slow
 def test_divided_matrices_are_put_together_exactly() -> None:
     """Three ranks; bitwise, for every rank orthogonalises whole matrices with the very same numbers."""
     for worst in spawn("tests.engine.test_muon:divided", world=3):

@@ -108,7 +108,17 @@ def test_zero_1_on_two_ranks(plain: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_is_plain(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
-    compare(plain, stage, world, cases(world, list(CASES)), relative=1e-6, folder=tmp_path)
+    """gpt and rnn without and with accumulation; the other optimizers with it (all of them: `test_every_case`)."""
+    others = [case for case in cases(world, list(CASES)[2:]) if case["micro"] == 3]
+    todo = cases(world, ["gpt", "rnn"]) + (others if world > 1 else others[:1])
+    compare(plain, stage, world, todo, relative=1e-6, folder=tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_case(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
+    compare(plain, stage, world, cases(world, [*CASES, "odd", "odd-muon"]), relative=1e-6, folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -134,3 +144,21 @@ def test_bf16_is_plain_bf16(plain: Any, tmp_path: Path, stage: int) -> None:
 def test_more_ranks(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
     """Runs of unequal length: nothing divides by three."""
     compare(plain, stage, world, cases(world, [*CASES, "odd", "odd-muon"]), relative=1e-6, folder=tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_compiled_is_plain(plain: Any, tmp_path: Path, stage: int) -> None:
+    """torch.compile, dropout off (compiled code draws other masks), against the uncompiled plain engine."""
+    case = {"model": "gpt", "steps": 8, "changes": {"dropout": 0.0}, "label": "gpt-still-6", "micro": 6}
+    want, references = plain(case)
+    ranks = spawn(
+        "tests.engine.jobs:run_cases",
+        world=2,
+        timeout=1500,
+        folder=tmp_path,
+        cases=[case | {"zero_stage": stage, "compile": True}],
+        references=str(references),
+    )
+    assert ranks[0][0]["curve"] == pytest.approx(want["curve"], rel=1e-5)
+    assert ranks[0][0]["onward"] == pytest.approx(want["curve"][SAVED:AFTER], rel=1e-5)

@@ -15,7 +15,7 @@ import torch
 
 from lmtrain.errors import ConfigError, EngineError
 from lmtrain.protocol import Place
-from tests.engine.jobs import engine_for, one_step, small_model, train
+from tests.engine.jobs import engine_for, one_step, small_model, together, train
 from tests.spawn import free_port, spawn
 
 
@@ -150,3 +150,52 @@ def test_sums_are_float64_and_flags_the_largest() -> None:
 def test_free_ports_are_free() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", free_port()))
+
+
+def half(place: Place, folder: Path) -> list[dict[str, Any]]:
+    """fp16 at stages 1 to 3. DeepSpeed refuses it on a CPU, torch can do it; so here it is let in."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    known = CPU_Accelerator.supported_dtypes
+    CPU_Accelerator.is_fp16_supported = lambda self: True
+    CPU_Accelerator.supported_dtypes = lambda self: [*known(self), torch.half]
+    torch.set_num_threads(1)
+    out = []
+    for stage in (1, 2, 3):
+        settings = {"zero_stage": stage, "precision": "fp16"}
+        settings["deepspeed"] = {"fp16": {"initial_scale_power": 30, "hysteresis": 1}}
+        engine = engine_for(small_model("gpt"), place, micro=3, **settings)
+        before = together(engine, folder, f"half{stage}")
+        skipped = 0
+        while not one_step(engine, skipped, micro=3).applied:
+            skipped += 1
+            assert together(engine, folder, f"half{stage}").digest() == before.digest()
+        curve = train(engine, range(skipped + 1, skipped + 4), micro=3)
+        scalars, saved = engine.scalars(), together(engine, folder, f"half{stage}")
+        onward = train(engine, range(skipped + 4, skipped + 7), micro=3)
+        engine.close()
+        other = engine_for(small_model("gpt", seed=2), place, micro=3, **settings)
+        other.restore(saved, scalars=scalars)
+        assert other.scalars() == scalars
+        assert train(other, range(skipped + 4, skipped + 7), micro=3) == onward
+        norm = one_step(other, skipped + 7, micro=3).grad_norm
+        other.close()
+        scale = scalars["loss_scale"]["cur_scale"]
+        out.append({"skipped": skipped, "curve": curve + onward, "scale": scale, "norm": norm})
+    return out
+
+
+@pytest.mark.slow
+def test_fp16_scales_its_loss() -> None:
+    """Overflows halve the scale and change nothing; then the course is fp32's, and a restored run keeps the scale."""
+    ranks = spawn("tests.engine.test_zero:half", world=2)
+    assert ranks[0] == ranks[1]
+    for got in ranks[0]:
+        skipped = got["skipped"]
+        assert 5 < skipped < 20
+        assert got["scale"] == 2.0 ** (30 - skipped)
+        plain = engine_for(small_model("gpt"), Place(), micro=3, kind="plain")
+        want = train(plain, range(skipped, skipped + 7), micro=3)[1:]
+        assert got["curve"] == pytest.approx(want, rel=2e-3)
+        assert got["norm"] == pytest.approx(one_step(plain, skipped + 7, micro=3).grad_norm, rel=0.02)
