@@ -12,10 +12,12 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,6 +202,8 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
         ("MASTER_PORT", place.port),
     ):
         os.environ[name] = str(value)
+    # Nothing is built by default; what a key of engine.deepspeed builds must not wait for the lock of a killed build.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"lmtrain-{os.getpid()}"))
     import deepspeed
     from deepspeed.comm.torch import TorchBackend
     from deepspeed.utils import logger
