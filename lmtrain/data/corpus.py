@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 OPEN_FILES = 128
 """Token files and document tables kept open at once, each."""
 
+CHECK_OPEN = 1.0
+"""Seconds after which the sizes of the open token files are compared again."""
+
 EMPTY = np.zeros(0, DOCUMENT)
 
 
@@ -70,6 +74,9 @@ class PreparedCorpus:
         self._verified: set[str] = set()
         self._lock = threading.Lock()  # the prefetch thread reads too; held only where a cache changes
         self._open: dict[int, CheckedFile] = {}
+        self._check_due = 0.0
+        self.verified: dict[int, np.ndarray] = {}
+        """By block, what `symbols` gives, of the token files that are open and verified in whole."""
         self._touched: dict[int, bytearray] = {}
         self._tables: dict[int, np.ndarray] = {}
         self._index: CheckedFile | None = None
@@ -178,6 +185,27 @@ class PreparedCorpus:
             self._keep(self._open, block, file)
         return file
 
+    def symbols(self, block: int, start: int, stop: int) -> np.ndarray:
+        """A memory map of a block's whole token file, in which [start, stop) is verified."""
+        file, size = self.tokens(block), self.dtype.itemsize
+        file.verify(start * size, stop * size - 1)
+        symbols = file.mapped(self.dtype)
+        if file.whole:
+            with self._lock:
+                if self._open.get(block) is file:
+                    self.verified[block] = symbols
+        return symbols
+
+    def check_open(self) -> None:
+        """Every CHECK_OPEN seconds: that no open token file became shorter; CorpusError names the one that did."""
+        now = time.monotonic()
+        if now >= self._check_due:
+            self._check_due = now + CHECK_OPEN
+            with self._lock:
+                files = list(self._open.values())
+            for file in files:
+                file.check_size()
+
     def documents(self, block: int) -> np.ndarray:
         """The DOCUMENT rows of a block, memory-mapped, verified as a whole when they are first read."""
         table = self._tables.get(block)
@@ -198,7 +226,10 @@ class PreparedCorpus:
         """Put into a bounded cache; what falls out is closed when its last reader lets go of it."""
         with self._lock:
             while len(cache) >= OPEN_FILES:
-                cache.pop(next(iter(cache)))
+                oldest = next(iter(cache))
+                cache.pop(oldest)
+                if cache is self._open:
+                    self.verified.pop(oldest, None)
             cache[key] = value
 
     def _check_size(self, name: str) -> None:

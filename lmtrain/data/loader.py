@@ -26,7 +26,7 @@ from lmtrain.data import order
 from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.protocol import Batch, Cond, Corpus
 
-POSITIONS = 8192
+POSITIONS = 16_384
 """Rows whose places are computed in one call and kept: permuting thousands costs little more than permuting a few."""
 
 
@@ -159,8 +159,7 @@ class Loader:
         micro, accumulation = self.layout(world)
         corpus_G, row_G = self.places(step)
         out = []
-        for turn in range(accumulation):
-            index = (turn * world + rank) * micro
+        for index in range(rank * micro, accumulation * world * micro, world * micro):
             batch = self._rows(corpus_G[index : index + micro], row_G[index : index + micro])
             out.append(replace(batch, index=index) if index else batch)
         return out
@@ -190,6 +189,8 @@ class Loader:
         return kept[1][here], kept[2][here]
 
     def _locate(self, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(self._shuffles) == 1:
+            return np.zeros_like(position_N), self._shuffles[0].rows(position_N)
         corpus_N, own_N = self._mixture.locate(position_N)
         row_N = np.empty_like(own_N)
         for number, shuffle in enumerate(self._shuffles):

@@ -60,8 +60,7 @@ def _walk(value_N: np.ndarray, size: int, key_N: np.ndarray, *, back: bool) -> n
     half = _half(size)
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
 
-    def network(value: np.ndarray, key: np.ndarray) -> np.ndarray:
-        keys = _round_keys(key, ROUNDS if half > 4 else ROUNDS_SMALL)
+    def network(value: np.ndarray, key: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
         # Over 4 bits and more every Feistel network is an even permutation. Exchanging 0 and 1 under half of the keys
         # makes the odd ones as likely; without it small sources (5, 6, ... rows) see some orders 8 % more often.
         exchange = key & np.uint64(1)
@@ -76,10 +75,14 @@ def _walk(value_N: np.ndarray, size: int, key_N: np.ndarray, *, back: bool) -> n
         value = (left << shift) | right
         return value ^ ((value < 2) & exchange.astype(np.bool_)) if back else value
 
-    out = network(value_N.astype(np.uint64), key_N)
+    keys = _round_keys(key_N, ROUNDS if half > 4 else ROUNDS_SMALL)
+    out = network(value_N.astype(np.uint64), key_N, keys)
     outside = np.flatnonzero(out >= size)
     while outside.size:
-        again = network(out[outside], key_N if key_N.size == 1 else key_N[outside])
+        if key_N.size == 1:
+            again = network(out[outside], key_N, keys)
+        else:
+            again = network(out[outside], key_N[outside], [key[outside] for key in keys])
         out[outside] = again
         outside = outside[again >= size]
     return out.astype(np.int64)

@@ -43,6 +43,7 @@ class PreparedSplit:
         self.bytes = int(count[2]) - int(self._dropped["bytes"].sum())
         self.words = int(count[3]) - int(self._dropped["words"].sum())
         self._rows_RK = (low_FRK[1], high_FRK[1])
+        self._weights: torch.Tensor | None = None
         self._cut(low_FRK[0].T, high_FRK[0].T)
 
     def _cut(self, low_KR: np.ndarray, high_KR: np.ndarray) -> None:
@@ -117,52 +118,58 @@ class PreparedSplit:
         Raises CorpusError when a symbol lies in a damaged file, IndexError for a row that the split does not have.
         """
         position_B = np.asarray(index_B, np.int64) * context
-        size = self.corpus.dtype.itemsize
-        width = (context + 1) * size
-        symbols = np.empty((len(position_B), context + 1), self.corpus.dtype)  # column 0: the symbol before the row
-        view = symbols.data.cast("B") if symbols.size else memoryview(b"")
-        starts, tokens, last = self._starts, self.corpus.tokens, len(self._starts) - 1
-        short: list[tuple[int, int]] = []
+        x_BT = np.empty((len(position_B), context), np.int64)
+        start_B = np.empty(len(position_B), np.int64)
+        corpus, starts, shifts, blocks = self.corpus, self._starts, self._shifts, self._blocks
+        corpus.check_open()
+        verified, last = corpus.verified, len(starts) - 1
+        weight_BT = whole_BT = self._ones(len(position_B), context)
         # A batch has few rows: a bisection each costs less than a dozen numpy calls for all of them.
         for at, position in enumerate(position_B.tolist()):
             extent = bisect_right(starts, position) - 1
             if 0 <= extent < last and starts[extent] < position and position + context <= starts[extent + 1]:
-                # the row and the symbol before it lie in one extent: one read
-                offset = (position + self._shifts[extent] - 1) * size
-                tokens(self._blocks[extent]).fill(view[at * width : (at + 1) * width], offset)
+                # the row and the symbol before it lie in one extent
+                offset = position + shifts[extent]
+                symbols = verified.get(blocks[extent])
+                if symbols is None:
+                    symbols = corpus.symbols(blocks[extent], offset - 1, offset + context)
+                x_BT[at] = symbols[offset : offset + context]
+                start_B[at] = symbols.item(offset - 1)
             else:
-                count = self._row(symbols[at], position)
+                start_B[at], count = self._row(x_BT[at], position)
                 if count < context:
-                    short.append((at, count))
-
-        weight_BT = torch.ones(len(position_B), context)
-        for at, count in short:
-            weight_BT[at, count:] = 0.0
-            if not count:
-                position_B[at] = -1
+                    if weight_BT is whole_BT:
+                        weight_BT = torch.ones(len(position_B), context)
+                    weight_BT[at, count:] = 0.0
+                    if not count:
+                        position_B[at] = -1
         return Batch(
-            x_BT=torch.from_numpy(symbols[:, 1:].astype(np.int64)),
+            x_BT=torch.from_numpy(x_BT),
             weight_BT=weight_BT,
-            cond=Cond(
-                torch.from_numpy(symbols[:, 0].astype(np.int64)),
-                self._first(position_B, context) if masking else None,
-            ),
+            cond=Cond(torch.from_numpy(start_B), self._first(position_B, context) if masking else None),
             position_B=torch.from_numpy(position_B),
         )
 
-    def _row(self, row: np.ndarray, position: int) -> int:
-        """Fill [start symbol, row] from any position, with zeros behind; returns how many symbols are real."""
-        context = len(row) - 1
+    def _ones(self, rows: int, context: int) -> torch.Tensor:
+        """Weights of whole rows: one number, seen [B, T] times, so that nothing can be written into it."""
+        shape = (rows, context)
+        kept = self._weights
+        if kept is None or kept.shape != shape:
+            kept = self._weights = torch.ones(()).expand(shape)
+        return kept
+
+    def _row(self, row_T: np.ndarray, position: int) -> tuple[int, int]:
+        """Fill a row from any position, with zeros behind; returns (start symbol, how many symbols are real)."""
+        context = len(row_T)
         if position >= self.symbols or position < -context:
             given = f"row {position // context} of {context} symbols was asked for"
             raise IndexError(f"{given}; split {self.name!r} has {self.rows(context)}")
         count = 0 if position < 0 else min(context, self.symbols - position)
-        row[0] = self.corpus.bos
-        row[count + 1 :] = 0
-        before = 1 if position > 0 else 0
-        if count:
-            self._copy(position - before, row[1 - before : count + 1])
-        return count
+        row_T[count:] = 0
+        if not count:
+            return self.corpus.bos, 0
+        row_T[:count] = self.read(position, position + count)
+        return self.start_symbol(position), count
 
     def _copy(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (one-dimensional, of the corpus's type) with the symbols from `start` on."""

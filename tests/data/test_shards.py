@@ -479,6 +479,28 @@ def test_a_file_that_shrinks_while_it_is_open_is_an_error_and_no_signal(healthy,
         split.read(5000, 6000)
 
 
+def test_a_file_that_shrank_is_found_before_a_row_is_read_from_its_map(healthy, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "CHECK_OPEN", 0.0)
+    folder = copies(healthy, tmp_path)()
+    split = open_corpus(folder).select("all", [0], [(0, 1000)])
+    split.fetch(np.arange(1, 5), 100)
+    with (folder / "tokens-00000.bin").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CorpusError, match=r"tokens-00000\.bin became shorter"):
+        split.fetch(np.array([50]), 100)
+
+
+def test_the_weights_of_whole_rows_cannot_be_written_and_those_of_others_are_not_shared(healthy):
+    split = open_corpus(healthy).select("all", [0], [(0, 1000)])
+    whole = split.fetch(np.arange(3), 100).weight_BT
+    with pytest.raises(RuntimeError):
+        whole.mul_(2.0)
+    rows = split.rows(96)
+    ragged = split.fetch(np.array([0, -1, rows - 1]), 96).weight_BT
+    assert ragged.sum(1).tolist() == [96, 0, split.symbols - 96 * (rows - 1)]
+    assert split.fetch(np.arange(3), 96).weight_BT.eq(1).all()
+
+
 def test_few_open_files_serve_many_blocks_and_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "OPEN_FILES", 2)
     blocks = [random_documents(6, seed=seed) for seed in range(9)]
