@@ -33,7 +33,7 @@ from lmtrain.errors import ConfigError, InputError
 from lmtrain.models import ModelConfig
 from lmtrain.nn.attention import Attention, KeyValueCache
 from lmtrain.nn.counting import parameters
-from lmtrain.nn.embedding import SymbolMatrix
+from lmtrain.nn.embedding import SymbolMatrix, read_out
 from lmtrain.nn.head import Categorical
 from lmtrain.nn.mlp import MLP, Activation
 from lmtrain.nn.norms import NormKind, norm
@@ -226,16 +226,7 @@ class GPT(Model):
         else:
             in_BT, first_BT = shift(x_BT, cond=cond, bos=self.bos), cond.first_BT
         h_BTD = self._network(in_BT, first_BT=first_BT, cache=cache)
-        if want == "next":
-            h_BTD = h_BTD[:, -1:]
-        h_BTD = self.final_norm(h_BTD)
-        head = self.embed if self.lm_head is None else self.lm_head
-        out: Tensor
-        if want == "logp":
-            out = head(h_BTD, x_BT, mode="logp")
-        else:
-            out = head(h_BTD, mode="logits")
-        return out[:, 0] if want == "next" else out
+        return read_out(self.lm_head or self.embed, self.final_norm(h_BTD), x_BT, want=want)
 
     def predict(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
         """Logits, float32 [B, T, V]."""

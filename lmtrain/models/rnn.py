@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lmtrain.models import ModelConfig
 from lmtrain.nn.counting import parameters
-from lmtrain.nn.embedding import SymbolMatrix
+from lmtrain.nn.embedding import SymbolMatrix, read_out
 from lmtrain.nn.head import Categorical
 from lmtrain.nn.linear import Linear
 from lmtrain.nn.recurrent import GRU, LSTM, Hidden, locked_dropout
@@ -113,17 +113,9 @@ class RNN(Model):
         if state is not None:
             state.hidden = last
             state.last_B = None if want == "next" else x_BT[:, -1]
-        if want == "next":
-            h_BTH = h_BTH[:, -1:]
         if self.project is not None:
             h_BTH = self.project(h_BTH)
-        head = self.embed if self.lm_head is None else self.lm_head
-        out: Tensor
-        if want == "logp":
-            out = head(h_BTH, x_BT, mode="logp")
-        else:
-            out = head(h_BTH, mode="logits")
-        return out[:, 0] if want == "next" else out
+        return read_out(self.lm_head or self.embed, h_BTH, x_BT, want=want)
 
     def predict(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
         """Logits, float32 [B, T, V]."""

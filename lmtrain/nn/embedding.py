@@ -38,3 +38,15 @@ class SymbolMatrix(nn.Module):
             return logits(value, self.weight, alphabet=self.alphabet)
         assert x_BT is not None, "log-probabilities need the symbols"
         return log_prob(value, self.weight, x_BT, alphabet=self.alphabet, chunk=self.chunk)
+
+
+def read_out(head: SymbolMatrix, h_BTD: Tensor, x_BT: Tensor, *, want: Literal["logp", "logits", "next"]) -> Tensor:
+    """`logp`: of the symbols x, float32 [B, T]. `logits`: [B, T, V]. `next`: [B, V], those of the last position."""
+    out: Tensor
+    if want == "logp":
+        out = head(h_BTD, x_BT, mode="logp")
+    elif want == "logits":
+        out = head(h_BTD, mode="logits")
+    else:
+        out = head(h_BTD[:, -1:], mode="logits")[:, 0]
+    return out
