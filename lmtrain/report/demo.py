@@ -42,7 +42,7 @@ COMMON: dict[str, Any] = {
     "prepare": {
         "source": {"kind": "sotu"},
         # A sample, not the whole train split: a tokenizer in seconds, hardly worse.
-        "tokenizer": {"kind": "sentencepiece-unigram", "vocab": 1024, "sample_bytes": 2 << 20},
+        "tokenizer": {"kind": "sentencepiece-unigram", "vocab": 4096, "sample_bytes": 2 << 20},
     },
     "train": {"steps": 1, "seed": 1, "log_every": 1},
     "engine": {"kind": "zero", "zero_stage": 1},
@@ -52,8 +52,8 @@ COMMON: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "gpt": {
-        "model": {"kind": "gpt", "layers": 4, "width": 128, "heads": 4},
-        "optimizer": {"kind": "muon", "lr": 0.02, "clip": 0.0, "weight_decay": 0.0},
+        "model": {"kind": "gpt", "layers": 4, "width": 128, "heads": 2},
+        "optimizer": {"kind": "muon", "lr": 0.02, "adamw_lr": 0.01, "clip": 0.0, "weight_decay": 0.0},
     },
     "rnn": {
         "model": {"kind": "rnn", "layers": 1, "width": 320},
