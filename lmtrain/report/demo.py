@@ -47,7 +47,7 @@ COMMON: dict[str, Any] = {
     "train": {"steps": 1, "seed": 1, "log_every": 1},
     "engine": {"kind": "zero", "zero_stage": 1},
     "schedule": {"kind": "wsd", "warmup": 0.02, "decay": 0.5, "min_lr": 0.0},
-    "eval": {"max_symbols": 65_536, "batch": 16},
+    "eval": {"max_symbols": 32_768, "batch": 16},
     "wandb": {"mode": "disabled"},
 }
 RUNS: dict[str, dict[str, Any]] = {
@@ -152,7 +152,7 @@ def _compressors(corpus: PreparedCorpus, split: str) -> dict[str, float]:
 
 
 def _overrides(folder: Path, name: str, steps: int, *more: str) -> list[str]:
-    return [f"train.steps={steps}", f"train.eval_every={max(1, -(-steps // 6))}", *more]
+    return [f"train.steps={steps}", f"train.eval_every={max(1, -(-steps // 5))}", *more]
 
 
 def _command(config: Path, overrides: list[str]) -> list[str]:
