@@ -152,8 +152,10 @@ def canonical(manifest: Mapping[str, Any]) -> bytes:
 
 def columns(groups: Iterable[int], buckets: Iterable[tuple[int, int]]) -> np.ndarray:
     """int64, ascending: the columns of all cells of these groups and half-open bucket ranges."""
-    ranges = [np.arange(lo, hi, dtype=np.int64) for lo, hi in buckets]
-    in_group = np.unique(np.concatenate(ranges)) if ranges else np.zeros(0, np.int64)
+    chosen = np.zeros(BUCKETS, np.bool_)
+    for lo, hi in buckets:
+        chosen[lo:hi] = True
+    in_group = np.flatnonzero(chosen)  # not np.unique: its first call imports numpy.ma, for as long as a batch takes
     parts = [group * BUCKETS + in_group for group in sorted(set(groups))]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 

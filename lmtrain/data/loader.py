@@ -29,6 +29,9 @@ from lmtrain.protocol import Batch, Cond, Corpus
 POSITIONS = 16_384
 """Rows whose places are computed in one call and kept: permuting thousands costs little more than permuting a few."""
 
+POSITIONS_FIRST = 256
+"""The same for a step that was not expected: the first one, say."""
+
 
 class CorpusShare(Config):
     """One corpus of a mixture."""
@@ -140,11 +143,14 @@ class Loader:
                 for corpus, weight in zip(corpora, self._mixture.weights_C, strict=True)
             ],
         }
-        self._kept: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._layouts: dict[int, tuple[int, int]] = {}
+        self._kept: tuple[int, int, np.ndarray, np.ndarray] | None = None
 
     def layout(self, world: int) -> tuple[int, int]:
         """(rows of a micro-batch, accumulation) on `world` ranks; ConfigError names the numbers that would do."""
-        return self.config.layout(world)
+        if world not in self._layouts:
+            self._layouts[world] = self.config.layout(world)
+        return self._layouts[world]
 
     def micro_batches(self, world: int) -> int:
         """Micro-batches of a rank and step (the accumulation)."""
@@ -158,11 +164,10 @@ class Loader:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         micro, accumulation = self.layout(world)
         corpus_G, row_G = self.places(step)
-        out = []
-        for index in range(rank * micro, accumulation * world * micro, world * micro):
-            batch = self._rows(corpus_G[index : index + micro], row_G[index : index + micro])
-            out.append(replace(batch, index=index) if index else batch)
-        return out
+        return [
+            self._rows(corpus_G, row_G, slice(index, index + micro))
+            for index in range(rank * micro, accumulation * world * micro, world * micro)
+        ]
 
     def total_weight(self, step: int) -> float:
         """Sum of the weights of the whole global batch, without reading a symbol."""
@@ -178,15 +183,16 @@ class Loader:
         if step < 0:
             raise ConfigError(f"there is no step {step}; steps count from 0")
         rows = self.config.global_batch
-        steps = max(1, POSITIONS // rows)
-        chunk, at = divmod(step, steps)
         kept = self._kept
-        if kept is None or kept[0] != chunk:
-            # Two threads may both come here; each then keeps what is right, and the later one stays.
-            position = np.arange(chunk * steps * rows, (chunk + 1) * steps * rows, dtype=np.int64)
-            kept = self._kept = (chunk, *self._locate(position))
-        here = slice(at * rows, (at + 1) * rows)
-        return kept[1][here], kept[2][here]
+        if kept is None or not 0 <= step - kept[0] < kept[1]:
+            # A step that comes after those that are kept begins a long stretch, any other one a short one. Two threads
+            # may both come here; each then has what is right, and the later one's stays.
+            ahead = POSITIONS if kept is not None and step == kept[0] + kept[1] else POSITIONS_FIRST
+            steps = max(1, ahead // rows)
+            position = np.arange(step * rows, (step + steps) * rows, dtype=np.int64)
+            kept = self._kept = (step, steps, *self._locate(position))
+        at = (step - kept[0]) * rows
+        return kept[2][at : at + rows], kept[3][at : at + rows]
 
     def _locate(self, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(self._shuffles) == 1:
@@ -198,17 +204,20 @@ class Loader:
             row_N[these] = shuffle.rows(own_N[these])
         return corpus_N, row_N
 
-    def _rows(self, corpus_B: np.ndarray, row_B: np.ndarray) -> Batch:
-        """Rows of one or several corpora as one batch, in the order given."""
-        context = self.config.context
+    def _rows(self, corpus_G: np.ndarray, row_G: np.ndarray, these: slice) -> Batch:
+        """Some rows of a global batch, of one or several corpora, as one micro-batch in the order given."""
+        context, row_B = self.config.context, row_G[these]
         if len(self._splits) == 1:
-            return self._splits[0].fetch(row_B, context, masking=self.masking)
-        parts = [
-            (torch.from_numpy(at), split.fetch(row_B[at], context, masking=self.masking))
-            for number, split in enumerate(self._splits)
-            if len(at := np.flatnonzero(corpus_B == number))
-        ]
-        return _interleave(parts)
+            batch = self._splits[0].fetch(row_B, context, masking=self.masking)
+        else:
+            batch = _interleave(
+                [
+                    (torch.from_numpy(at), split.fetch(row_B[at], context, masking=self.masking))
+                    for number, split in enumerate(self._splits)
+                    if len(at := np.flatnonzero(corpus_G[these] == number))
+                ]
+            )
+        return replace(batch, index=these.start) if these.start else batch
 
     def order_record(self) -> dict[str, Any]:
         """What fixes the order, by config key, as JSON values: for the run's folder, and `compare_order`."""

@@ -43,7 +43,7 @@ class PreparedSplit:
         self.bytes = int(count[2]) - int(self._dropped["bytes"].sum())
         self.words = int(count[3]) - int(self._dropped["words"].sum())
         self._rows_RK = (low_FRK[1], high_FRK[1])
-        self._weights: torch.Tensor | None = None
+        self._weights: tuple[tuple[int, int], torch.Tensor] | None = None
         self._cut(low_FRK[0].T, high_FRK[0].T)
 
     def _cut(self, low_KR: np.ndarray, high_KR: np.ndarray) -> None:
@@ -152,11 +152,9 @@ class PreparedSplit:
 
     def _ones(self, rows: int, context: int) -> torch.Tensor:
         """Weights of whole rows: one number, seen [B, T] times, so that nothing can be written into it."""
-        shape = (rows, context)
-        kept = self._weights
-        if kept is None or kept.shape != shape:
-            kept = self._weights = torch.ones(()).expand(shape)
-        return kept
+        if self._weights is None or self._weights[0] != (rows, context):
+            self._weights = (rows, context), torch.ones(()).expand(rows, context)
+        return self._weights[1]
 
     def _row(self, row_T: np.ndarray, position: int) -> tuple[int, int]:
         """Fill a row from any position, with zeros behind; returns (start symbol, how many symbols are real)."""
