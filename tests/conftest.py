@@ -6,6 +6,13 @@ import torch
 from tests import house
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is exhaustive is slow, too: `-m "not slow"` leaves both out."""
+    for item in items:
+        if item.get_closest_marker("exhaustive"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Tests are small and many run side by side: threads would only wait for one another."""
