@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import order
+from lmtrain.data.rows import PreparedSplit, Rows
 from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.protocol import Batch, Cond, Corpus
 
@@ -102,6 +103,17 @@ def _multiples(number: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """The places of the rows of steps [step, stop): N rows. found: where they lie, of a single prepared corpus."""
+
+    step: int
+    stop: int
+    corpus_N: np.ndarray
+    row_N: np.ndarray
+    found: Rows | None
+
+
 class Loader:
     """Batches of a mixture of corpora; `batch` and `total_weight` are pure functions of their arguments.
 
@@ -144,7 +156,7 @@ class Loader:
             ],
         }
         self._layouts: dict[int, tuple[int, int]] = {}
-        self._kept: tuple[int, int, np.ndarray, np.ndarray] | None = None
+        self._kept: _Stretch | None = None
 
     def layout(self, world: int) -> tuple[int, int]:
         """(rows of a micro-batch, accumulation) on `world` ranks; ConfigError names the numbers that would do."""
@@ -163,9 +175,10 @@ class Loader:
         """
         assert 0 <= rank < world, f"rank {rank} of {world}"
         micro, accumulation = self.layout(world)
-        corpus_G, row_G = self.places(step)
+        kept = self._stretch(step)
+        first = (step - kept.step) * self.config.global_batch
         return [
-            self._rows(corpus_G, row_G, slice(index, index + micro))
+            self._rows(kept, first, index, micro)
             for index in range(rank * micro, accumulation * world * micro, world * micro)
         ]
 
@@ -180,19 +193,26 @@ class Loader:
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(corpus, row of its split), int64 [G] each, of the global batch of a step."""
+        kept, rows = self._stretch(step), self.config.global_batch
+        these = slice((step - kept.step) * rows, (step - kept.step + 1) * rows)
+        return kept.corpus_N[these], kept.row_N[these]
+
+    def _stretch(self, step: int) -> _Stretch:
+        """The places of some steps, with `step` among them."""
         if step < 0:
             raise ConfigError(f"there is no step {step}; steps count from 0")
-        rows = self.config.global_batch
         kept = self._kept
-        if kept is None or not 0 <= step - kept[0] < kept[1]:
+        if kept is None or not kept.step <= step < kept.stop:
             # A step that comes after those that are kept begins a long stretch, any other one a short one. Two threads
             # may both come here; each then has what is right, and the later one's stays.
-            ahead = POSITIONS if kept is not None and step == kept[0] + kept[1] else POSITIONS_FIRST
-            steps = max(1, ahead // rows)
-            position = np.arange(step * rows, (step + steps) * rows, dtype=np.int64)
-            kept = self._kept = (step, steps, *self._locate(position))
-        at = (step - kept[0]) * rows
-        return kept[2][at : at + rows], kept[3][at : at + rows]
+            rows = self.config.global_batch
+            steps = max(1, (POSITIONS if kept is not None and step == kept.stop else POSITIONS_FIRST) // rows)
+            position_N = np.arange(step * rows, (step + steps) * rows, dtype=np.int64)
+            corpus_N, row_N = self._locate(position_N)
+            alone = self._splits[0] if len(self._splits) == 1 else None
+            found = alone.find(row_N, self.config.context) if isinstance(alone, PreparedSplit) else None
+            kept = self._kept = _Stretch(step, step + steps, corpus_N, row_N, found)
+        return kept
 
     def _locate(self, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(self._shuffles) == 1:
@@ -204,20 +224,24 @@ class Loader:
             row_N[these] = shuffle.rows(own_N[these])
         return corpus_N, row_N
 
-    def _rows(self, corpus_G: np.ndarray, row_G: np.ndarray, these: slice) -> Batch:
-        """Some rows of a global batch, of one or several corpora, as one micro-batch in the order given."""
-        context, row_B = self.config.context, row_G[these]
-        if len(self._splits) == 1:
-            batch = self._splits[0].fetch(row_B, context, masking=self.masking)
+    def _rows(self, kept: _Stretch, first: int, index: int, micro: int) -> Batch:
+        """The micro-batch that begins at row `index` of the global batch, whose row 0 is at `first` of the stretch."""
+        context, these = self.config.context, slice(first + index, first + index + micro)
+        if kept.found is not None:
+            assert isinstance(self._splits[0], PreparedSplit)
+            batch = self._splits[0].take(kept.found, these, context, masking=self.masking)
+        elif len(self._splits) == 1:
+            batch = self._splits[0].fetch(kept.row_N[these], context, masking=self.masking)
         else:
+            corpus_B, row_B = kept.corpus_N[these], kept.row_N[these]
             batch = _interleave(
                 [
                     (torch.from_numpy(at), split.fetch(row_B[at], context, masking=self.masking))
                     for number, split in enumerate(self._splits)
-                    if len(at := np.flatnonzero(corpus_G[these] == number))
+                    if len(at := np.flatnonzero(corpus_B == number))
                 ]
             )
-        return replace(batch, index=these.start) if these.start else batch
+        return replace(batch, index=index) if index else batch
 
     def order_record(self) -> dict[str, Any]:
         """What fixes the order, by config key, as JSON values: for the run's folder, and `compare_order`."""
