@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,12 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
             "model": model_config.model_dump(mode="json"),
             "tokenizer": corpora[0].manifest["tokenizer"]["sha256"],
         }
-        store = Checkpoints(config.folder / CHECKPOINTS, config.checkpoint, note=say)
         tracker = Tracker(config.folder, config.wandb, rank=place.rank, environment=environment)
+        store = Checkpoints(config.folder / CHECKPOINTS, config.checkpoint, note=say, watch=tracker.log_save)
         stops = stopping.Stop(config.folder)
-        with owned(config.folder, engine):
+        with owned(config.folder, engine), closing(store):
             standing = resume(config, store, engine, identity=identity, layout=layout)
+            store.prepare(engine)
             source = loader.prefetching()
             parts = Parts(
                 engine=engine,
@@ -105,6 +106,8 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                     peak=_peak(config, engine) if place.rank == 0 else None,
                     bytes_per_symbol=bytes_per_symbol(corpora[0]),
                 )
+                if store.loaded is not None:
+                    tracker.log_load(store.loaded)
                 standing, reason = train(parts, train_config, standing)
                 if reason is None and train_config.samples:
                     log_samples(config, corpora[0], engine, tracker, step=standing.step)

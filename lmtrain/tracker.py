@@ -42,6 +42,7 @@ URGENT_SECONDS = 8.0
 """What W&B may take to finish when the run was asked to stop: those who ask kill half a minute later."""
 _ORPHAN_SECONDS = 10.0
 _POLL_SECONDS = 0.5
+_PLOTTED = {"train", "eval", "save", "load"}
 
 
 class Tracker:
@@ -183,6 +184,23 @@ class Tracker:
             row = {**dataclasses.asdict(result), **row}
         self._append(row, durable=True)
         self._console.eval(name, strict(row))
+
+    def log_save(self, told: Mapping[str, Any]) -> None:
+        """A checkpoint that was saved, or was not: what `Checkpoints` tells its `watch`."""
+        row = {key: told[key] for key in ("step", "best", "background", "bytes", "failed")}
+        row |= {"kind": "save", "perf/save_seconds": told["seconds"], "perf/save_blocked": told["blocked"]}
+        if told["failed"] is None:
+            row["perf/save_mb_per_s"] = told["bytes"] / 1e6 / max(told["writing"], 1e-9)
+            self._append(row)
+        else:
+            self._append(row)
+            self.alert("a checkpoint was not saved, training goes on", told["failed"])
+
+    def log_load(self, told: Mapping[str, Any]) -> None:
+        """The checkpoint that the run goes on from: `Checkpoints.loaded`."""
+        rate = told["bytes"] / 1e6 / max(told["seconds"], 1e-9)
+        row = {"kind": "load", "step": told["step"], "bytes": told["bytes"]}
+        self._append({**row, "perf/load_seconds": told["seconds"], "perf/load_mb_per_s": rate})
 
     def samples(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int) -> None:
         """A table of samples."""
@@ -355,7 +373,7 @@ def _send_rows(run: Any, job: Mapping[str, Any]) -> int:
             old = at < job["offset"]
             if row["kind"] == "eval":
                 run.summary.update(_improved(row, best))
-            if not old or (row["step"] >= known and row["kind"] in {"train", "eval", "samples"}):
+            if not old or (row["step"] >= known and row["kind"] in _PLOTTED | {"samples"}):
                 _send_row(run, row)
         if exit_code is not None:
             return exit_code
@@ -392,7 +410,7 @@ def _orphaned() -> int:
 
 def _send_row(run: Any, row: Mapping[str, Any]) -> None:
     kind, step = row["kind"], row["step"]
-    if kind in {"train", "eval"}:
+    if kind in _PLOTTED:
         run.log({"step": step, **{k: v for k, v in row.items() if "/" in k and v is not None}})
     elif kind == "samples":
         import wandb

@@ -85,8 +85,12 @@ class Watcher(Protocol):
 class Store(Protocol):
     """Where checkpoints go."""
 
-    def save(self, engine: Engine, *, step: int, state: dict[str, Any], best: bool = False) -> Any:
-        """One checkpoint, by all ranks."""
+    def save(self, engine: Engine, *, step: int, state: dict[str, Any], best: bool = False, wait: bool = True) -> Any:
+        """One checkpoint, by all ranks; unless `wait`, what is written may be written while training goes on."""
+        ...
+
+    def attend(self, engine: Engine, *, wait: bool = False) -> None:
+        """See to a checkpoint that is still being written, at the boundary of a step, by all ranks."""
         ...
 
 
@@ -136,8 +140,8 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
     """
     engine, at = parts.engine, progress
 
-    def save(best: bool = False) -> None:
-        parts.store.save(engine, step=at.step, state={**parts.state, "progress": at.to_json()}, best=best)
+    def save(*, best: bool, wait: bool) -> None:
+        parts.store.save(engine, step=at.step, state={**parts.state, "progress": at.to_json()}, best=best, wait=wait)
 
     while at.step < parts.steps:
         began = time.perf_counter()
@@ -176,6 +180,7 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
                 "nothing. Lower optimizer.lr, set optimizer.clip, or look at the data; the last checkpoint is intact"
             )
             parts.watcher.alert("training diverged", text)
+            parts.store.attend(engine, wait=True)
             raise DivergenceError(text)
         last = at.step == parts.steps
         improved = False
@@ -183,7 +188,9 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
             at, improved = _evaluate(parts, at)
         reason = parts.stops.requested(engine)
         if last or reason or improved or (config.save_every and at.step % config.save_every == 0):
-            save(best=improved)
+            save(best=improved, wait=last or reason is not None)  # what a run ends with is on disk before it ends
+        else:
+            parts.store.attend(engine)
         if reason and not last:
             parts.watcher.preempting()
             return at, reason

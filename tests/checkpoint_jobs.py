@@ -127,16 +127,25 @@ def resume_all(
 
 
 def train_on(
-    place: Place, folder: Path, *, corpus: str, out: str | None, stage: int | None, until: int, marks: list[int]
+    place: Place,
+    folder: Path,
+    *,
+    corpus: str,
+    out: str | None,
+    stage: int | None,
+    until: int,
+    marks: list[int],
+    background: bool = False,
 ) -> dict[str, Any]:
     """Train up to step `until` from the newest checkpoint below `out`, saving there after every step (None: nowhere).
 
+    background: all saves but the last.
     Writes [step, digest] into began<rank>.json when it begins; returns the digests at the steps `marks` and at the end.
     """
     die_with_parent()  # it may have no end of its own
     torch.set_num_threads(1)
     loader = loader_of(corpus)
-    store = Checkpoints(Path(out), CheckpointConfig()) if out is not None else None
+    store = Checkpoints(Path(out), CheckpointConfig(background=background)) if out is not None else None
     used = store is not None and store.any()
     engine = engine_of(place, stage, loader, init=2 if used else 1)  # another seed: all must come from the checkpoint
     begin = 0
@@ -152,7 +161,9 @@ def train_on(
             digests[str(step)] = digest(engine)
         one_step(engine, loader, step)
         if store is not None:
-            store.save(engine, step=step + 1, state={"at": step + 1})
+            store.save(engine, step=step + 1, state={"at": step + 1}, wait=step + 1 == until)
+    if store is not None:
+        store.close()
     digests[str(until)] = digest(engine)
     engine.close()
     return digests

@@ -49,12 +49,14 @@ def resumed(folder: Path, rank: int) -> tuple[int, str] | None:
     return int(step), str(digest)
 
 
-def killed_run(tmp_path: Path, *, stage: int | None, world: int, kills: int, seed: int) -> int:
+def killed_run(
+    tmp_path: Path, *, stage: int | None, world: int, kills: int, seed: int, background: bool = False
+) -> int:
     """Kill and resume; check after every kill. Returns how many kills fell into a save."""
     rng = random.Random(seed)
     one_split(tmp_path / "corpus", random_documents(60, seed=4, longest=60))
     out = tmp_path / "saved"
-    common = {"corpus": str(tmp_path / "corpus"), "stage": stage}
+    common = {"corpus": str(tmp_path / "corpus"), "stage": stage, "background": background}
     begun: list[tuple[int, list[str]]] = []
     in_a_save = 0
     newest = 0
@@ -105,6 +107,20 @@ def test_a_run_that_is_killed_and_resumed_is_bit_equal(
     tmp_path: Path, stage: int | None, world: int, kills: int
 ) -> None:
     killed_run(tmp_path, stage=stage, world=world, kills=kills, seed=kills)
+
+
+@pytest.mark.slow
+def test_a_run_that_saves_in_the_background_is_bit_equal_too(tmp_path: Path) -> None:
+    killed_run(tmp_path, stage=1, world=2, kills=1, seed=5, background=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("stage", "world", "kills"), [(None, 1, 10), (2, 2, 5), (3, 2, 5)])
+def test_twenty_kills_of_runs_that_save_in_the_background(
+    tmp_path: Path, stage: int | None, world: int, kills: int
+) -> None:
+    assert killed_run(tmp_path, stage=stage, world=world, kills=kills, seed=kills, background=True) > 0
 
 
 @pytest.mark.exhaustive

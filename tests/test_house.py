@@ -27,7 +27,7 @@ from lmtrain.hardware import MEASURED, Peak
 from lmtrain.journal import METRICS, read
 from lmtrain.protocol import Score
 from lmtrain.tracker import Tracker, WandbConfig
-from tests.test_tracker import Result, record
+from tests.test_tracker import SAVE, Result, record
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "lmtrain").rglob("*.py"))
@@ -230,6 +230,8 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     log.start(step=0, steps=9, config={}, facts={}, flops_per_symbol=1.0, peak=peak, bytes_per_symbol=4.0)
     log.log_step(record(1))
     log.log_eval("valid", Result(Score(1.0, 2.0, 3.0, 4.0, 5.0)), step=1, tokens=1)
+    log.log_save(SAVE)
+    log.log_load({"step": 1, "bytes": 5, "seconds": 1.0})
     log.samples(["text"], [["a"]], step=1)
     log.alert("a", "b")
     log.preempting()

@@ -56,6 +56,18 @@ def make(folder: Path, *, rank: int = 0, out: io.StringIO | None = None, **start
     return tracker
 
 
+SAVE: dict[str, Any] = {
+    "step": 1,
+    "best": True,
+    "background": True,
+    "bytes": 5_000_000,
+    "seconds": 2.0,
+    "blocked": 0.25,
+    "writing": 1.25,
+    "failed": None,
+}
+
+
 def rows(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in read(folder / METRICS) if row["kind"] == kind]
 
@@ -75,6 +87,24 @@ def test_a_row_is_total_nats_over_total_weight_of_its_steps(tmp_path: Path) -> N
     assert row["perf/data_wait"] == pytest.approx(0.25)
     assert row["perf/step_seconds"] == pytest.approx(0.2)
     assert (row["step"], row["train/tokens"], row["batch"]) == (3, 300, "00000003")
+    log.finish()
+
+
+def test_saves_and_loads_have_their_rates_and_a_failed_one_is_an_alert(tmp_path: Path) -> None:
+    out = io.StringIO()
+    log = make(tmp_path, out=out)
+    log.log_load({"step": 0, "bytes": 3_000_000, "seconds": 0.5})
+    log.log_save(SAVE)
+    log.log_save({**SAVE, "step": 2, "bytes": 0, "writing": 0.0, "failed": "disk full"})
+    (load,) = rows(tmp_path, "load")
+    assert (load["perf/load_mb_per_s"], load["perf/load_seconds"], load["bytes"]) == (6.0, 0.5, 3_000_000)
+    good, bad = rows(tmp_path, "save")
+    assert (good["perf/save_mb_per_s"], good["perf/save_seconds"], good["perf/save_blocked"]) == (4.0, 2.0, 0.25)
+    assert (good["step"], good["best"], good["background"], good["failed"]) == (1, True, True, None)
+    assert (bad["step"], bad["failed"]) == (2, "disk full")
+    assert "perf/save_mb_per_s" not in bad
+    assert [row["text"] for row in rows(tmp_path, "alert")] == ["disk full"]
+    assert "disk full" in out.getvalue()
     log.finish()
 
 

@@ -43,6 +43,7 @@ class Diary:
 
     def __init__(self, stop_at=None):
         self.rows, self.evals, self.saves, self.alerts, self.preempted = [], [], [], [], 0
+        self.waits, self.attended = [], []
         self.stop_at = stop_at
 
     def log_step(self, record):
@@ -57,8 +58,12 @@ class Diary:
     def preempting(self):
         self.preempted += 1
 
-    def save(self, engine, *, step, state, best=False):
+    def save(self, engine, *, step, state, best=False, wait=True):
         self.saves.append((step, best, state["progress"]))
+        self.waits.append(wait)
+
+    def attend(self, engine, *, wait=False):
+        self.attended.append((len(self.rows), wait))
 
     def requested(self, engine):
         return "SIGTERM" if self.stop_at is not None and len(self.rows) >= self.stop_at else None
@@ -99,6 +104,21 @@ def test_a_run_steps_logs_evaluates_and_saves():
     assert progress == Progress(step=10, tokens=60, best=2.0, best_step=10)
     assert Progress(**diary.saves[-1][2]) == progress
     assert all(row["loss"] == 2.0 for row in diary.rows)
+
+
+def test_every_boundary_sees_to_the_save_on_its_way_and_the_last_one_is_waited_for():
+    diary = Diary()
+    train(parts(diary, values=[3.0, 4.0, 2.0]), TrainConfig(steps=10, eval_every=4, save_every=3), Progress())
+    assert diary.waits == [False, False, False, False, True]
+    assert diary.attended == [(step, False) for step in (1, 2, 5, 7, 8)]
+    diary = Diary(stop_at=6)
+    train(parts(diary), TrainConfig(steps=10, save_every=3), Progress())
+    assert [step for step, _, _ in diary.saves] == [3, 6]
+    assert diary.waits == [False, True]
+    diary = Diary()
+    with pytest.raises(DivergenceError):
+        train(parts(diary, bad={2, 3}), TrainConfig(steps=10, max_skipped=2), Progress())
+    assert diary.attended == [(1, False), (2, False), (3, False), (4, True)]
 
 
 def test_going_on_from_progress_does_the_rest():

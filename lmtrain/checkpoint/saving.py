@@ -6,7 +6,8 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +23,50 @@ from lmtrain.protocol import Engine, Fragment
 
 
 def write_share(engine: Engine, folder: Path, *, file_bytes: int, state: Mapping[str, Any]) -> None:
-    """Write this rank's fragments, and the list of them for rank 0. No collective; raises CheckpointError, OSError.
-
-    Fragments wait in memory until they fill a file of `file_bytes`.
-    """
+    """Write this rank's fragments, and the list of them for rank 0. No collective; raises CheckpointError, OSError."""
+    need_folder(folder)
     files: dict[str, dict[str, Any]] = {}
     lines: list[list[Any]] = []
-    waiting: list[Fragment] = []
-    size = 0
+    for number, fragments in enumerate(divide(engine.fragments(), file_bytes)):
+        name = file_name(engine.rank, number)
+        size, digest = tensorfile.write(folder / name, outgoing(fragments))
+        files[name] = {"bytes": size, "sha256": digest}
+        lines += [line(fragment, name) for fragment in fragments]
+    tree = {"files": files, "fragments": lines, "scalars": engine.scalars(), "state": state}
+    (folder / list_name(engine.rank)).write_text(canonical(tree, where="the state"), encoding="utf-8")
 
-    def flush() -> None:
-        nonlocal size
-        if waiting:
-            name = f"r{engine.rank:05d}-{len(files):03d}.safetensors"
-            files[name] = _write_file(folder / name, waiting)
-            lines.extend(_line(fragment, name) for fragment in waiting)
-        waiting.clear()
-        size = 0
 
+def need_folder(folder: Path) -> None:
+    """CheckpointError when this host does not see the folder that rank 0 made."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not there; do all hosts see the run's folder at the same path?")
-    for fragment in engine.fragments():
-        _check(fragment)
-        if fragment.tensor.numel() == 0 and fragment.shape != () and 0 not in fragment.shape:
+
+
+def divide(fragments: Iterable[Fragment], file_bytes: int) -> Iterator[list[Fragment]]:
+    """The fragments in lists, one a file: at most `file_bytes` bytes of tensors, a larger fragment cut in several.
+
+    They wait until they fill a file; empty ones that no other rank owns are left out. Raises CheckpointError.
+    """
+    waiting: list[Fragment] = []
+    room = file_bytes
+    for whole in fragments:
+        _check(whole)
+        if whole.tensor.numel() == 0 and whole.shape != () and 0 not in whole.shape:
             continue
-        waiting.append(fragment)
-        size += fragment.tensor.nbytes
-        if size >= file_bytes:
-            flush()
-    flush()
-    tree = {"files": files, "fragments": lines, "scalars": engine.scalars(), "state": state}
-    (folder / _list_name(engine.rank)).write_text(canonical(tree, where="the state"), encoding="utf-8")
+        for part in _cut(whole, file_bytes):
+            if waiting and part.tensor.nbytes > room:
+                yield waiting
+                waiting, room = [], file_bytes
+            waiting.append(part)
+            room -= part.tensor.nbytes
+    if waiting:
+        yield waiting
+
+
+def _cut(whole: Fragment, file_bytes: int) -> Iterator[Fragment]:
+    step = max(1, file_bytes // whole.tensor.itemsize)
+    for at in range(0, max(1, whole.tensor.numel()), step):
+        yield replace(whole, start=whole.start + at, tensor=whole.tensor[at : at + step])
 
 
 def _check(fragment: Fragment) -> None:
@@ -63,35 +77,43 @@ def _check(fragment: Fragment) -> None:
         )
 
 
-def _line(fragment: Fragment, file: str) -> list[Any]:
+def line(fragment: Fragment, file: str) -> list[Any]:
+    """A fragment in the list of its rank: all but its values."""
     dtype = tensorfile.dtype_name(fragment.tensor.dtype)
     return [fragment.name, fragment.kind, dtype, list(fragment.shape), file, fragment.start, fragment.tensor.numel()]
 
 
-def _write_file(path: Path, fragments: list[Fragment]) -> dict[str, Any]:
+def outgoing(fragments: list[Fragment]) -> list[Outgoing]:
+    """What a file of fragments is written from; CheckpointError when one of them is there twice."""
     out = {}
     for f in fragments:
         key = fragment_key(f.name, f.kind, f.start)
         if key in out:
             raise CheckpointError(f"{f.kind} of {f.name!r}: the engine gave the fragment at {f.start} twice")
         out[key] = Outgoing(key, f.tensor.dtype, (f.tensor.numel(),), (f.tensor,))
-    size, digest = tensorfile.write(path, list(out.values()))
-    return {"bytes": size, "sha256": digest}
+    return list(out.values())
 
 
-def _list_name(rank: int) -> str:
+def file_name(rank: int, number: int) -> str:
+    """A rank's file of fragments."""
+    return f"r{rank:05d}-{number:03d}.safetensors"
+
+
+def list_name(rank: int) -> str:
+    """Where a rank tells rank 0 what it wrote: {files, fragments, scalars, state}."""
     return f"r{rank:05d}.json"
 
 
-def write_manifest(engine: Engine, folder: Path, *, step: int, best: bool, state: Mapping[str, Any]) -> None:
+def write_manifest(engine: Engine, folder: Path, *, step: int, best: bool) -> Manifest:
     """Rank 0, after all ranks have written: prove that every element of every tensor was written once, then say so.
 
+    Scalars and state are those of the lists: the engine may have gone on since.
     Raises CheckpointError naming what is missing, doubled or contradictory.
     """
     files: dict[str, FileRecord] = {}
     pieces: dict[tuple[str, str, str, tuple[int, ...]], list[tuple[str, int, int]]] = {}
-    lists = [folder / _list_name(rank) for rank in range(engine.world)]
-    scalars: str | None = None
+    lists = [folder / list_name(rank) for rank in range(engine.world)]
+    said: str | None = None
     for rank, path in enumerate(lists):
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -106,9 +128,9 @@ def write_manifest(engine: Engine, folder: Path, *, step: int, best: bool, state
             if numel:
                 found.append((file, start, numel))
         mine = canonical([tree["scalars"], tree["state"]], where="the state")
-        if scalars is not None and mine != scalars:
-            raise CheckpointError(f"ranks 0 and {rank} disagree on the scalars to save: {scalars} and {mine}")
-        scalars = mine
+        if said is not None and mine != said:
+            raise CheckpointError(f"ranks 0 and {rank} disagree on the scalars to save: {said} and {mine}")
+        said = mine
     try:
         manifest = Manifest(
             format=FORMAT,
@@ -119,8 +141,8 @@ def write_manifest(engine: Engine, folder: Path, *, step: int, best: bool, state
                 TensorRecord(name=name, kind=kind, dtype=dtype, shape=shape, pieces=tuple(sorted(found, key=_place)))
                 for (name, kind, dtype, shape), found in sorted(pieces.items())
             ),
-            scalars=engine.scalars(),
-            state=dict(state),
+            scalars=tree["scalars"],
+            state=tree["state"],
             made_by=made_by(engine),
         )
     except ValidationError as error:
@@ -133,6 +155,7 @@ def write_manifest(engine: Engine, folder: Path, *, step: int, best: bool, state
     for path in lists:
         path.unlink()
     sync_folder(folder)
+    return manifest
 
 
 def _place(piece: tuple[str, int, int]) -> tuple[int, int]:

@@ -13,6 +13,8 @@ import os
 import re
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from lmtrain.checkpoint.background import Background
 from lmtrain.checkpoint.manifest import Manifest, differences, read_manifest
 from lmtrain.checkpoint.ranks import share, tell, together
 from lmtrain.checkpoint.reader import Reader, check_fits, faults
@@ -31,6 +34,8 @@ from lmtrain.protocol import Engine
 Which = int | Literal["best"] | None
 """A step, the best one, or (None) the newest."""
 
+_PATIENCE = 0.01
+"""Seconds between two looks at a save in the background that is waited for."""
 _WHOLE = re.compile(r"step-([0-9]{8,18})(?:\.([1-9][0-9]{0,8}))?")
 _LEFT_OVER = re.compile(r"step-[0-9]{8,18}(?:\.[1-9][0-9]{0,8})?\.[0-9a-f]{12}\.(?:writing|removing)")
 
@@ -40,7 +45,13 @@ class CheckpointConfig(Config):
 
     keep: int = Field(2, ge=2, description="newest checkpoints to keep; at least 2, so that one may be damaged")
     keep_every: int = Field(0, ge=0, description="keep those whose step is a multiple of this for good; 0 = none")
-    file_mib: int = Field(512, ge=1, description="fragments are written in files of about this size, held in memory")
+    file_mib: int = Field(
+        512, ge=1, description="largest size of a file of fragments, which are cut where they do not fit"
+    )
+    background: bool = Field(
+        False,
+        description="save while training goes on, from a copy in memory; all but the last one, which is waited for",
+    )
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,17 +67,59 @@ class Saved:
         return read_manifest(self.path)
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A save on its way, `behind`: while training goes on. See `Checkpoints` for the seconds."""
+
+    step: int
+    best: bool
+    aside: Path
+    began: float
+    behind: bool
+    blocked: float = 0.0
+    writing: float = 0.0
+    bytes: int = 0
+    generation: int = 0
+
+    @property
+    def what(self) -> str:
+        """How an error about it begins."""
+        return f"checkpoint of step {self.step} was not saved, older ones are intact"
+
+    def wrote(self, engine: Engine, seconds: float) -> None:
+        """The slowest rank's seconds count. Collective."""
+        self.writing = engine.agree(round(seconds * 1e6)) / 1e6
+
+
 def _name(step: int, generation: int) -> str:
     return f"step-{step:08d}" + (f".{generation}" if generation > 1 else "")
 
 
 class Checkpoints:
-    """The checkpoints in one folder. `note` is told, on rank 0, what was passed over or removed and why."""
+    """The checkpoints in one folder.
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, note: Callable[[str], None] | None = None) -> None:
+    note: is told, on rank 0, what was passed over or removed and why. watch: is told of every save, on every rank:
+    `step`, `best`, `background`, `bytes` of all ranks, `seconds` until it was on disk, `blocked` (how many of them the
+    loop stood still), `writing` (the slowest rank's seconds), and `failed`: None, or why a save in the background was
+    not made. Without it `note` is told of failures. loaded: the same of what was restored: `step`, `bytes`, `seconds`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        note: Callable[[str], None] | None = None,
+        watch: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.loaded: dict[str, Any] | None = None
         self._note = note or logging.getLogger(__name__).warning
+        self._watch = watch
+        self._background = Background(file_bytes=self._file_bytes)
+        self._flight: _Flight | None = None
+        self._cleaner: threading.Thread | None = None
         self._bad: set[Path] = set()
         self._is_best: dict[Path, bool] = {}
         self._resumed: int | None = None
@@ -162,6 +215,7 @@ class Checkpoints:
         world, the machine or the versions are not those that saved, rank 0 notes it: the run goes on, not bit for bit.
         Raises CheckpointError on all ranks: nothing verifies, the named one is damaged, another model's.
         """
+        began = time.perf_counter()
         while True:
             saved = self._choose(engine, step)
             found = faults(saved.path, part=(engine.rank, engine.world))
@@ -181,6 +235,8 @@ class Checkpoints:
             self._note(f"{saved.path.name} was saved elsewhere ({'; '.join(changed)}): it goes on, not bit for bit")
         engine.restore(reader, scalars=reader.manifest.scalars)
         self._resumed = reader.manifest.step
+        seconds = time.perf_counter() - began
+        self.loaded = {"step": reader.manifest.step, "bytes": reader.manifest.bytes, "seconds": seconds}
         return reader.manifest.step, dict(reader.manifest.state)
 
     def _choose(self, engine: Engine, which: Which) -> Saved:
@@ -204,15 +260,31 @@ class Checkpoints:
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, engine: Engine, *, step: int, state: Mapping[str, Any], best: bool = False) -> Path:
+    def prepare(self, engine: Engine) -> None:
+        """Before the first step: make ready for saves in the background, where they are wanted. Collective.
+
+        Raises CheckpointError on all ranks when one of them has not the memory for its copy.
+        """
+        if self.config.background:
+            together(engine, lambda: self._background.prepare(engine), what="saving in the background is not possible")
+
+    def save(
+        self, engine: Engine, *, step: int, state: Mapping[str, Any], best: bool = False, wait: bool = True
+    ) -> Path | None:
         """Save the engine and `state` (JSON values, the same on every rank) as the checkpoint of `step`. Collective.
 
         Returns the checkpoint's folder, complete and on disk. Raises CheckpointError on all ranks, naming the rank and
         its trouble, when any of them failed; what was made is removed then and older checkpoints are as they were.
+
+        wait=False, where `checkpoint.background` is set: returns None when the copy is made; `attend`, or the next
+        save, makes a checkpoint of it when all ranks have written. A failure is reported then, never raised.
+        One at a time: in both cases the save on its way, if there is one, is waited for first.
         """
+        began = time.perf_counter()
+        self.attend(engine, wait=True)
         (token,) = tell(engine, (secrets.randbits(48),))
-        aside = self.folder / f"{_name(step, 1)}.{token:012x}.writing"
-        generation = 0
+        behind = self.config.background and not wait
+        flight = _Flight(step, best, self.folder / f"{_name(step, 1)}.{token:012x}.writing", began, behind)
 
         def begin() -> None:
             if engine.rank == 0:
@@ -220,33 +292,106 @@ class Checkpoints:
                     self.folder.mkdir(parents=True)
                     sync_folder(self.folder.parent)
                 self._sweep()
-                aside.mkdir()
+                flight.aside.mkdir()
 
         def write() -> None:
-            write_share(engine, aside, file_bytes=self.config.file_mib * 2**20, state=state)
+            started = time.perf_counter()
+            write_share(engine, flight.aside, file_bytes=self._file_bytes, state=state)
+            flight.writing = time.perf_counter() - started
+
+        try:
+            together(engine, begin, what=flight.what)
+            if behind:
+                together(engine, lambda: self._background.copy(engine, state=state), what=flight.what)
+                together(engine, lambda: self._background.begin(flight.aside), what=flight.what)
+            else:
+                together(engine, write, what=flight.what)
+                flight.wrote(engine, flight.writing)
+                self._publish(engine, flight)
+        except CheckpointError as error:
+            self._give_up(engine, flight)
+            if not behind:
+                raise
+            self._tell(engine, flight, failed=str(error))
+            return None
+        flight.blocked = time.perf_counter() - began
+        if behind:
+            self._flight = flight
+            return None
+        self._tell(engine, flight)
+        return self.folder / _name(step, flight.generation)
+
+    def attend(self, engine: Engine, *, wait: bool = False) -> None:
+        """See to the save in the background, if there is one: when all ranks have written, make a checkpoint of it.
+
+        Collective, at the boundary of any step; wait: until it is done. A failure is reported, not raised.
+        """
+        flight = self._flight
+        if flight is None:
+            return
+        began = time.perf_counter()
+        while engine.agree(int(self._background.running())):
+            if not wait:
+                flight.blocked += time.perf_counter() - began
+                return
+            time.sleep(_PATIENCE)
+        self._flight = None
+        seconds: list[float] = []
+        failed = None
+        try:
+            together(engine, lambda: seconds.append(self._background.outcome()), what=flight.what)
+            flight.wrote(engine, seconds[0])
+            self._publish(engine, flight)
+        except CheckpointError as error:
+            self._give_up(engine, flight)
+            failed = str(error)
+        flight.blocked += time.perf_counter() - began
+        self._tell(engine, flight, failed=failed)
+
+    def close(self) -> None:
+        """End what goes on in the background; a save on its way is lost unless `attend` has seen to it."""
+        self._background.close()
+        self._flight = None
+        if self._cleaner is not None:
+            self._cleaner.join()
+
+    def _publish(self, engine: Engine, flight: _Flight) -> None:
+        """All ranks have written: a manifest, the name, and what need not be kept any longer is removed. Collective."""
 
         def finish() -> None:
-            nonlocal generation
             if engine.rank == 0:
-                write_manifest(engine, aside, step=step, best=best, state=state)
+                flight.bytes = write_manifest(engine, flight.aside, step=flight.step, best=flight.best).bytes
                 self._leave_past()
-                generation = max((saved.generation for saved in self.list() if saved.step == step), default=0) + 1
-                os.rename(aside, self.folder / _name(step, generation))
+                same = (saved.generation for saved in self.list() if saved.step == flight.step)
+                flight.generation = max(same, default=0) + 1
+                os.rename(flight.aside, self.folder / _name(flight.step, flight.generation))
                 sync_folder(self.folder)
 
-        what = f"checkpoint of step {step} was not saved, older ones are intact"
-        try:
-            for act in (begin, write, finish):
-                together(engine, act, what=what)
-        except CheckpointError:
-            if engine.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-        (generation,) = tell(engine, (generation,))
+        together(engine, finish, what=flight.what)
+        flight.generation, flight.bytes = tell(engine, (flight.generation, flight.bytes))
         if engine.rank == 0:
-            self._is_best[self.folder / _name(step, generation)] = best
-            self._prune(Saved(step, generation, self.folder / _name(step, generation)))
-        return self.folder / _name(step, generation)
+            new = Saved(flight.step, flight.generation, self.folder / _name(flight.step, flight.generation))
+            self._is_best[new.path] = flight.best
+            self._prune(new)
+
+    def _give_up(self, engine: Engine, flight: _Flight) -> None:
+        """All ranks know that it failed, and none of them writes any more when what there is of it is removed."""
+        self._background.abandon()
+        engine.agree(0)
+        if engine.rank == 0:
+            shutil.rmtree(flight.aside, ignore_errors=True)
+
+    def _tell(self, engine: Engine, flight: _Flight, *, failed: str | None = None) -> None:
+        told = {name: getattr(flight, name) for name in ("step", "best", "bytes", "blocked", "writing")}
+        told |= {"seconds": time.perf_counter() - flight.began, "failed": failed, "background": flight.behind}
+        if self._watch is not None:
+            self._watch(told)
+        elif failed and engine.rank == 0:
+            self._note(failed)
+
+    @property
+    def _file_bytes(self) -> int:
+        return int(self.config.file_mib * 2**20)
 
     def _leave_past(self) -> None:
         """After going back to a checkpoint, what was saved later is of another past: never resumed, never removed."""
@@ -272,9 +417,24 @@ class Checkpoints:
             for saved in present:
                 # A damaged one stays to be looked at until enough good ones are newer.
                 if saved not in keep and (saved.step in good or saved.step < latest[0].step):
-                    shutil.rmtree(self._rename(saved, "removing"))
+                    self._remove(self._rename(saved, "removing"))
         except (OSError, CheckpointError) as error:
             self._note(f"old checkpoints in {self.folder} could not be removed: {error}")
+
+    def _remove(self, path: Path) -> None:
+        """Remove a folder that has lost its name already; in the background where saves are: it may be large."""
+        if not self.config.background:
+            shutil.rmtree(path)
+            return
+        before = self._cleaner
+
+        def clean() -> None:
+            if before is not None:
+                before.join()
+            shutil.rmtree(path, ignore_errors=True)
+
+        self._cleaner = threading.Thread(target=clean, name="remove-checkpoints", daemon=True)
+        self._cleaner.start()
 
     def _looks_good(self, saved: Saved) -> bool:
         """By manifest and sizes; looked up once, checkpoints do not change."""
@@ -293,6 +453,8 @@ class Checkpoints:
 
     def _sweep(self) -> None:
         """Remove what killed processes left."""
+        if self._cleaner is not None:
+            self._cleaner.join()
         for name in os.listdir(self.folder):
             path = self.folder / name
             if _LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():

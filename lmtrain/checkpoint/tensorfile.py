@@ -73,10 +73,10 @@ class Stored:
     offset: int
 
 
-def write(path: Path, tensors: Sequence[Outgoing], *, metadata: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Write a new file, fsynced; returns (bytes, SHA-256 of what was meant to be written).
+def head(tensors: Sequence[Outgoing], *, metadata: Mapping[str, str] | None = None) -> tuple[list[Outgoing], bytes]:
+    """(the tensors in the order in which they lie in a file, all that stands before them in it).
 
-    Wider dtypes come first, so that every tensor is aligned. Raises OSError (FileExistsError, no space, ...).
+    Wider dtypes come first, so that every tensor is aligned. Their pieces are not looked at.
     """
     ordered = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.key))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -91,6 +91,15 @@ def write(path: Path, tensors: Sequence[Outgoing], *, metadata: Mapping[str, str
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    return ordered, struct.pack("<Q", len(text)) + text
+
+
+def write(path: Path, tensors: Sequence[Outgoing], *, metadata: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Write a new file, fsynced; returns (bytes, SHA-256 of what was meant to be written).
+
+    Raises OSError (FileExistsError, no space, ...).
+    """
+    ordered, before = head(tensors, metadata=metadata)
     digest = hashlib.sha256()
     written = 0
     with path.open("xb") as file:
@@ -101,16 +110,15 @@ def write(path: Path, tensors: Sequence[Outgoing], *, metadata: Mapping[str, str
             file.write(data)
             written += len(data)
 
-        put(struct.pack("<Q", len(text)))
-        put(text)
+        put(before)
         for tensor in ordered:
-            before = written
+            begin = written
             for piece in tensor.pieces:
                 assert piece.dtype == tensor.dtype, f"{tensor.key}: a piece of {piece.dtype}, not {tensor.dtype}"
                 data = _raw(piece)
                 for at in range(0, len(data), CHUNK):
                     put(data[at : at + CHUNK])
-            assert written - before == tensor.bytes, f"{tensor.key}: {written - before} bytes, not {tensor.bytes}"
+            assert written - begin == tensor.bytes, f"{tensor.key}: {written - begin} bytes, not {tensor.bytes}"
         file.flush()
         os.fsync(file.fileno())
     return written, digest.hexdigest()

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from lmtrain.errors import CheckpointError
 from lmtrain.protocol import Fragment, FragmentReader
 
+READ_AT_ONCE = 4 * 2**20
+"""Elements of a tensor that are read at a time (16 MiB of fp32)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -78,7 +81,10 @@ def fragments(
     *,
     rank: int,
 ) -> Iterator[Fragment]:
-    """All fragments of this rank: fp32 weights, moments and, on rank 0, persistent buffers, as copies on the CPU."""
+    """All fragments of this rank on the CPU: fp32 weights, moments and, on rank 0, persistent buffers.
+
+    Where they lie on the CPU already they are views, no copies: they hold until the next step.
+    """
     fill_state(optimizer, pieces)
     for piece in pieces:
         first, count = share(piece.numel, rank, piece.copies) if piece.copies > 1 else (0, piece.numel)
@@ -87,11 +93,11 @@ def fragments(
         state = optimizer.state[piece.home] if piece.moments else {}
         tensors = {"weight": piece.home} | {moment: state[moment] for moment in piece.moments}
         for kind, tensor in tensors.items():
-            data = piece.of(tensor).narrow(0, first, count).to("cpu", torch.float32, copy=True)
+            data = piece.of(tensor).narrow(0, first, count).to("cpu", torch.float32)
             yield Fragment(piece.name, kind, piece.shape, piece.start + first, data)
     if rank == 0:
         for name, buffer in buffers(model).items():
-            yield Fragment(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1).to("cpu", copy=True))
+            yield Fragment(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1).cpu())
 
 
 def restore(
@@ -117,13 +123,21 @@ def restore(
     with torch.no_grad():
         for piece in pieces:
             state = optimizer.state[piece.home] if piece.moments else {}
-            piece.of(piece.home).copy_(reader.read(piece.name, "weight", piece.start, piece.numel))
+            _read(reader, piece, "weight", piece.home)
             for moment in piece.moments:
-                piece.of(state[moment]).copy_(reader.read(piece.name, moment, piece.start, piece.numel))
+                _read(reader, piece, moment, state[moment])
             if "step" in state:
                 state["step"].fill_(steps)
         for name, buffer in buffers(model).items():
             buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).view(buffer.shape))
+
+
+def _read(reader: FragmentReader, piece: Piece, kind: str, into: Tensor) -> None:
+    """By parts of bounded size: besides what the rank owns, one part at a time is in memory."""
+    target = piece.of(into)
+    for at in range(0, piece.numel, READ_AT_ONCE):
+        count = min(READ_AT_ONCE, piece.numel - at)
+        target[at : at + count].copy_(reader.read(piece.name, kind, piece.start + at, count))
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
