@@ -366,6 +366,11 @@ class Engine(Protocol):
         """The largest flag of any rank."""
         ...
 
+    @property
+    def communicated(self) -> float:
+        """Seconds that this rank has spent in collectives and in waiting for other ranks there, ever growing."""
+        ...
+
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns: weights, optimizer moments and, on one rank, buffers. No overlap between ranks."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,9 +25,11 @@ from lmtrain.data import prepare as preparing
 from lmtrain.data.corpus import open_corpus
 from lmtrain.data.loader import Loader, compare_order
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError
+from lmtrain.fleet import Fleet
 from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
+from lmtrain.profiling import Profile
 from lmtrain.protocol import Corpus, Engine, Model, Place, Spec
 from lmtrain.schema import RunConfig, need_train
 from lmtrain.tracker import Tracker
@@ -79,6 +82,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
         tracker = Tracker(config.folder, config.wandb, rank=place.rank, environment=environment)
         store = Checkpoints(config.folder / CHECKPOINTS, config.checkpoint, note=say, watch=tracker.log_save)
         stops = stopping.Stop(config.folder)
+        profile = Profile(config.profile, config.folder, note=say)
         with owned(config.folder, engine), closing(store):
             standing = resume(config, store, engine, identity=identity, layout=layout)
             store.prepare(engine)
@@ -93,8 +97,9 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                 stops=stops,
                 steps=steps,
                 state={"identity": identity, "layout": layout},
+                observers=(Fleet(config.watch, tracker, host=socket.gethostname()), profile),
             )
-            with source, stops, tracker:
+            with source, stops, tracker, profile:
                 tracker.start(
                     step=standing.step,
                     steps=steps,

@@ -15,8 +15,10 @@ from lmtrain.data.loader import DataConfig
 from lmtrain.data.prepare import PrepareConfig
 from lmtrain.engine import EngineConfig, OptimizerConfig, ScheduleConfig
 from lmtrain.errors import ConfigError
+from lmtrain.fleet import WatchConfig
 from lmtrain.inference.score import EvalConfig
 from lmtrain.models import ModelConfig
+from lmtrain.profiling import ProfileConfig
 from lmtrain.tracker import WandbConfig, environment_settings
 from lmtrain.train import TrainConfig
 
@@ -50,6 +52,8 @@ class RunConfig(Config):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     wandb: WandbConfig = WandbConfig()
+    watch: WatchConfig = WatchConfig()
+    profile: ProfileConfig = ProfileConfig()
     laws: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("model", mode="before")

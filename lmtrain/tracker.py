@@ -206,6 +206,10 @@ class Tracker:
         """A table of samples."""
         self._append({"kind": "samples", "step": step, "columns": list(columns), "rows": [list(r) for r in rows]})
 
+    def ranks(self, table: Mapping[str, Any], *, step: int) -> None:
+        """How every rank fares: `columns`, `rows` and what was made of them (lmtrain.fleet)."""
+        self._append({"kind": "ranks", "step": step, **table})
+
     def alert(self, title: str, text: str) -> None:
         """Something that a person should look at, such as divergence."""
         if self._console is not None:
@@ -353,7 +357,7 @@ def _open(job: Mapping[str, Any], tell: Callable[..., None]) -> Any:
     )
     run.define_metric("step", hidden=True)
     run.define_metric("train/tokens", step_metric="step")
-    for names in ("train/*", "perf/*", "eval/*", "samples"):
+    for names in ("train/*", "perf/*", "eval/*", "ranks/*", "samples", "ranks"):
         run.define_metric(names, step_metric="step")
     return run
 
@@ -373,7 +377,7 @@ def _send_rows(run: Any, job: Mapping[str, Any]) -> int:
             old = at < job["offset"]
             if row["kind"] == "eval":
                 run.summary.update(_improved(row, best))
-            if not old or (row["step"] >= known and row["kind"] in _PLOTTED | {"samples"}):
+            if not old or (row["step"] >= known and row["kind"] in _PLOTTED | {"samples", "ranks"}):
                 _send_row(run, row)
         if exit_code is not None:
             return exit_code
@@ -410,13 +414,14 @@ def _orphaned() -> int:
 
 def _send_row(run: Any, row: Mapping[str, Any]) -> None:
     kind, step = row["kind"], row["step"]
+    values = {"step": step, **{k: v for k, v in row.items() if "/" in k and v is not None}}
     if kind in _PLOTTED:
-        run.log({"step": step, **{k: v for k, v in row.items() if "/" in k and v is not None}})
-    elif kind == "samples":
+        run.log(values)
+    elif kind in {"samples", "ranks"}:
         import wandb
 
-        cells = [[cell if isinstance(cell, int | float) else str(cell) for cell in r] for r in row["rows"]]
-        run.log({"step": step, "samples": wandb.Table(columns=row["columns"], data=cells)})
+        cells = [[cell if isinstance(cell, int | float | None) else str(cell) for cell in r] for r in row["rows"]]
+        run.log({**values, kind: wandb.Table(columns=row["columns"], data=cells)})
     elif kind == "alert":
         run.alert(title=row["title"][:63], text=row["text"], level="ERROR")
     elif kind == "preempting":

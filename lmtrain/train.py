@@ -120,7 +120,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """All that the loop uses. `rate` is the learning rate of a step; `state` is what every checkpoint repeats."""
+    """All that the loop uses. `rate` is the learning rate of a step; `state` is what every checkpoint repeats.
+
+    observers: called with what `watcher.log_step` got, after everything else of a step, by every rank.
+    """
 
     engine: Engine
     source: Source
@@ -131,6 +134,7 @@ class Parts:
     stops: Stops
     steps: int
     state: Mapping[str, Any] = field(default_factory=dict)
+    observers: Sequence[Callable[[Engine, Mapping[str, Any]], None]] = ()
 
 
 def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progress, str | None]:
@@ -148,7 +152,7 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
         batches = parts.source.batch(at.step, engine.rank, engine.world)
         weight = parts.source.total_weight(at.step)
         waited = time.perf_counter() - began
-        lr = parts.rate(at.step)
+        lr, talked = parts.rate(at.step), engine.communicated
         report = engine.step(batches, total_weight=weight, lr=lr, step=at.step)
         at = replace(
             at,
@@ -157,23 +161,23 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
             skipped=at.skipped + (not report.applied),
             skipped_in_a_row=0 if report.applied else at.skipped_in_a_row + 1,
         )
-        parts.watcher.log_step(
-            {
-                "step": at.step,
-                "steps": parts.steps,
-                "tokens": at.tokens,
-                "loss": report.nats / report.weight,
-                "grad_norm": report.grad_norm,
-                "lr": lr,
-                "applied": report.applied,
-                "skipped": at.skipped,
-                "loss_scale": report.loss_scale,
-                "batch": digest(batches),
-                "step_tokens": weight,
-                "step_seconds": time.perf_counter() - began,
-                "data_wait": waited,
-            }
-        )
+        record = {
+            "step": at.step,
+            "steps": parts.steps,
+            "tokens": at.tokens,
+            "loss": report.nats / report.weight,
+            "grad_norm": report.grad_norm,
+            "lr": lr,
+            "applied": report.applied,
+            "skipped": at.skipped,
+            "loss_scale": report.loss_scale,
+            "batch": digest(batches),
+            "step_tokens": weight,
+            "step_seconds": time.perf_counter() - began,
+            "data_wait": waited,
+            "communication": engine.communicated - talked,
+        }
+        parts.watcher.log_step(record)
         if at.skipped_in_a_row >= config.max_skipped:
             text = (
                 f"{at.skipped_in_a_row} steps in a row up to step {at.step} were not finite and changed "
@@ -194,6 +198,8 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
         if reason and not last:
             parts.watcher.preempting()
             return at, reason
+        for observe in parts.observers:
+            observe(engine, record)
     return at, None
 
 

@@ -23,10 +23,12 @@ from packaging.requirements import Requirement
 
 from lmtrain import errors
 from lmtrain.console import Console
+from lmtrain.fleet import COLUMNS, Fleet, WatchConfig
 from lmtrain.hardware import MEASURED, Peak
 from lmtrain.journal import METRICS, read
 from lmtrain.protocol import Score
 from lmtrain.tracker import Tracker, WandbConfig
+from tests.fake_ranks import engines
 from tests.test_tracker import SAVE, Result, record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,16 +235,20 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     log.log_save(SAVE)
     log.log_load({"step": 1, "bytes": 5, "seconds": 1.0})
     log.samples(["text"], [["a"]], step=1)
+    fleet = Fleet(WatchConfig(every=1), log, host="h")
+    for step in (1, 2):
+        fleet(engines(1)[0], {"step": step, "step_seconds": 0.1, "data_wait": 0.0, "communication": 0.0})
     log.alert("a", "b")
     log.preempting()
     log.finish()
     rows = list(read(tmp_path / METRICS))
     text = (ROOT / "docs" / "metrics.md").read_text()
     names = {key.replace("/valid/", "/<set>/") for row in rows for key in row if "/" in key}
-    assert len(names) >= 16
+    assert len(names) >= 20
     assert {name for name in names if f"`{name}`" not in text} == set()
     assert {row["kind"] for row in rows if f"| `{row['kind']}` |" not in text} == set()
-    documented = set(re.findall(r"^\| `((?:train|perf|eval)/[^`]+)`", text, re.MULTILINE))
+    assert {name for name in COLUMNS if f"`{name}`" not in text} == set()
+    documented = set(re.findall(r"^\| `((?:train|perf|eval|ranks)/[^`]+)`", text, re.MULTILINE))
     assert documented == names
 
 

@@ -1,5 +1,6 @@
 """The loop with parts made by hand: what it calls, when, and what it remembers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -12,13 +13,14 @@ from lmtrain.train import Parts, Progress, TrainConfig, digest, train
 
 
 class Engine:
-    rank, world = 0, 1
+    rank, world, communicated = 0, 1, 0.0
 
     def __init__(self, bad=()):
         self.bad, self.steps = set(bad), []
 
     def step(self, batches, *, total_weight, lr, step):
         self.steps.append((step, lr, total_weight))
+        self.communicated += 0.25
         return StepReport(
             nats=2.0 * total_weight, weight=total_weight, grad_norm=1.0, applied=step not in self.bad, loss_scale=1.0
         )
@@ -119,6 +121,17 @@ def test_every_boundary_sees_to_the_save_on_its_way_and_the_last_one_is_waited_f
     with pytest.raises(DivergenceError):
         train(parts(diary, bad={2, 3}), TrainConfig(steps=10, max_skipped=2), Progress())
     assert diary.attended == [(1, False), (2, False), (3, False), (4, True)]
+
+
+def test_observers_come_last_in_a_step_and_see_its_record():
+    diary, seen = Diary(stop_at=4), []
+
+    def observe(engine, record):
+        seen.append((record["step"], record["communication"], len(diary.rows), len(diary.saves)))
+
+    made = dataclasses.replace(parts(diary), observers=(observe, observe))
+    train(made, TrainConfig(steps=10, save_every=2), Progress())
+    assert seen == [(1, 0.25, 1, 0)] * 2 + [(2, 0.25, 2, 1)] * 2 + [(3, 0.25, 3, 1)] * 2, "not after a stop"
 
 
 def test_going_on_from_progress_does_the_rest():

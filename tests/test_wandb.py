@@ -143,6 +143,8 @@ def test_a_server_that_is_well_gets_everything_but_secrets(server: WandbServer, 
     for step, nats in ((3, 30.0), (6, 10.0), (9, 20.0)):
         run.call("log_eval", "valid", Result(Score(nats, 10.0, 0.0, 30.0)), step=step, tokens=100 * step)
     run.call("samples", ["text", "nats"], [["to be or", 1.5]], step=9)
+    table = {"columns": ["rank", "host", "gpu"], "rows": [[0, "a", None], [1, "b", None]], "ranks/ratio": 1.25}
+    run.call("ranks", table, step=9)
     run.call("alert", "training diverged", "lower optimizer.lr")
     run.call("preempting")
     server.wait(lambda: server.runs and the(server).preempting, PATIENCE)
@@ -174,6 +176,9 @@ def test_a_server_that_is_well_gets_everything_but_secrets(server: WandbServer, 
     assert all(metrics[name]["5"] == axis for name in ("train/tokens", "train/*", "perf/*", "eval/*"))
     (table,) = [json.loads(raw) for name, raw in got.files.items() if name.startswith("media/table/samples")]
     assert table == {"columns": ["text", "nats"], "data": [["to be or", 1.5]]}
+    (table,) = [json.loads(raw) for name, raw in got.files.items() if name.startswith("media/table/ranks")]
+    assert table == {"columns": ["rank", "host", "gpu"], "data": [[0, "a", None], [1, "b", None]]}
+    assert got.values("ranks/ratio") == [(9, 1.25)]
     assert [(a["title"], a["text"], a["severity"]) for a in got.alerts] == [
         ("training diverged", "lower optimizer.lr", "ERROR")
     ]
@@ -195,6 +200,8 @@ tracker = Tracker(folder, WandbConfig(project="p"), rank=0, environment=os.envir
 tracker.start(step=done, steps=1000, config={}, facts={})
 for step in range(done + 1, last + 1):
     tracker.log_step(record(step, steps=1000))
+    if step % 10 == 0:
+        tracker.ranks({"columns": ["rank"], "rows": [[0]], "ranks/ratio": float(step)}, step=step)
 print("written", flush=True)
 time.sleep(600)
 """
@@ -220,6 +227,7 @@ def test_a_run_killed_with_9_goes_on_as_the_same_run(server: WandbServer, tmp_pa
     losses = dict(got.values("train/loss"))
     assert losses == {step: pytest.approx(1 / step) for step in range(1, 51)}  # none dropped, in spite of the resume
     assert [row["step"] for row in read(folder / METRICS) if row["kind"] == "train"] == list(range(1, 51))
+    assert {(10, 10.0), (20, 20.0)} <= set(got.values("ranks/ratio"))
     assert got.exit_code == 0
     assert nothing_left(folder)
 

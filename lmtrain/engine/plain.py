@@ -32,6 +32,7 @@ class PlainEngine:
                 f"engine.kind = plain is one process, but {place.world} ranks were started; use engine.kind = zero"
             )
         self.rank, self.world = 0, 1
+        self.communicated = 0.0
         self.device = device_of(config, place)
         self.model = model.to(self.device)
         self.seed = seed

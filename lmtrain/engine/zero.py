@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lmtrain.engine import microbatch, optimizer, pieces, rendezvous, stages
+from lmtrain.engine import communication, microbatch, optimizer, pieces, rendezvous, stages
 from lmtrain.engine.ds_config import deepspeed_json
 from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.engine.plain import device_of
@@ -143,7 +143,8 @@ class ZeroEngine:
         """float64 sum over ranks."""
         total = torch.from_numpy(np.array(values, dtype=np.float64))
         if self.control is not None:
-            dist.all_reduce(total, group=self.control)
+            with communication.CLOCK.blocking():
+                dist.all_reduce(total, group=self.control)
         out: np.ndarray = total.numpy()
         return out
 
@@ -151,8 +152,14 @@ class ZeroEngine:
         """The largest flag of any rank."""
         largest = torch.tensor([flag], dtype=torch.int64)
         if self.control is not None:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+            with communication.CLOCK.blocking():
+                dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return int(largest)
+
+    @property
+    def communicated(self) -> float:
+        """Seconds this process has been in collectives; see protocol.Engine."""
+        return communication.CLOCK.seconds
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns; see protocol.Engine."""
@@ -214,6 +221,7 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
     limit = timedelta(seconds=timeout)
     # ZeRO's groups would wait 30 minutes, whatever the default group was given.
     TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=limit)
+    communication.time_collectives(TorchBackend, streams=device.type == "cuda")
     for handler in logger.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
