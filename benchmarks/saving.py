@@ -67,9 +67,8 @@ def compare(engine: Engine, folder: Path, *, rounds: int, tokens: int) -> dict[s
         return time.perf_counter() - began
 
     behind.prepare(engine)
-    rows = []
-    for _ in range(3):
-        train()
+    rows: list[dict[str, float]] = []
+    train()
     for _ in range(rounds):
         quiet = [train() for _ in range(3)]
         began = time.perf_counter()
@@ -99,8 +98,19 @@ def compare(engine: Engine, folder: Path, *, rounds: int, tokens: int) -> dict[s
                 "bytes": told[-1]["bytes"],
             }
         )
+        show(rows[-1])
     behind.close()
     return {"rounds": rows, "ratio": statistics.median(row["ratio"] for row in rows)}
+
+
+def show(row: dict[str, float]) -> None:
+    """A line of the table."""
+    print(
+        f"{row['waited']:>8.3f} {row['blocked']:>8.3f} {row['copied']:>8.3f} {row['ratio']:>7.3f} "
+        f"{row['until_on_disk']:>8.3f} {row['bytes'] / 1e6:>5.0f} {row['mb_per_s_waited']:>6.0f} "
+        f"{row['mb_per_s_behind']:>7.0f} {row['step']:>6.2f}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -112,19 +122,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()
     engine, parameters = engine_of(given.parameters, given.tokens)
+    print(f"{parameters / 1e6:.1f} M parameters; seconds")
+    names = f"{'waited':>8} {'blocked':>8} {'(copy)':>8} {'ratio':>7} {'on disk':>8} {'MB':>5} {'MB/s':>6}"
+    print(f"{names} {'behind':>7} {'step':>6}", flush=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         found = compare(engine, Path(folder), rounds=given.rounds, tokens=given.tokens)
-    size = found["rounds"][0]["bytes"] / 1e6
-    print(f"{parameters / 1e6:.1f} M parameters, a checkpoint of {size:.0f} MB; seconds")
-    print(
-        f"{'waited':>8} {'blocked':>8} {'(copy)':>8} {'ratio':>7} {'on disk':>8} {'MB/s':>6} {'behind':>7} {'step':>6}"
-    )
-    for row in found["rounds"]:
-        print(
-            f"{row['waited']:>8.3f} {row['blocked']:>8.3f} {row['copied']:>8.3f} {row['ratio']:>7.3f} "
-            f"{row['until_on_disk']:>8.3f} {row['mb_per_s_waited']:>6.0f} {row['mb_per_s_behind']:>7.0f} "
-            f"{row['step']:>6.2f}"
-        )
     print(f"median ratio {found['ratio']:.3f}, limit {LIMIT}")
     if given.json:
         given.json.write_text(json.dumps({"benchmark": "saving", "parameters": parameters, **found}, indent=1) + "\n")

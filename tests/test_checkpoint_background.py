@@ -20,8 +20,10 @@ import pytest
 from lmtrain.checkpoint import CheckpointConfig, Checkpoints, scribe, verify
 from lmtrain.checkpoint import background as backgrounds
 from lmtrain.errors import CheckpointError
+from lmtrain.journal import METRICS, read
 from tests import spawn as spawning
 from tests.fake_ranks import FakeEngine, engines, on_all, same
+from tests.house import config, lmtrain
 
 
 def store(folder: Path, told: list[Any] | None = None, **settings: Any) -> Checkpoints:
@@ -222,7 +224,8 @@ def test_a_failure_on_one_rank_is_told_and_the_next_save_succeeds(tmp_path: Path
         message = spoil(tmp_path, checkpoints, engine) if engine.rank == victim else ""
         checkpoints.save(engine, step=2, state={}, wait=False)
         checkpoints.attend(engine, wait=True)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"], "what failed is removed"
+        engine.agree(0)  # rank 0 has removed what failed
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001"]
         engine.agree(0)
         for name in ("begin", "abandon"):
             checkpoints._background.__dict__.pop(name, None)
@@ -422,3 +425,30 @@ def test_a_kill_during_a_save_leaves_the_one_before(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_a_hundred_kills_during_saves(tmp_path: Path) -> None:
     assert kills(tmp_path, 100, seed=2) > 50
+
+
+@pytest.mark.slow
+def test_a_run_saves_in_the_background_and_ends_with_what_is_on_disk(trained: Path, tmp_path: Path) -> None:
+    """Through the command line: the same bits as the run that waits for every save, and its figures in the metrics."""
+    path = config(tmp_path, data={"corpus": str(trained / "corpus")})
+    ends = {}
+    for name, background in (("waited", False), ("behind", True)):
+        ran = lmtrain("train", path, f"run.name={name}", f"checkpoint.background={str(background).lower()}")
+        assert ran.code == 0, ran.err
+        folder = tmp_path / "runs" / name
+        saves = [row for row in read(folder / METRICS) if row["kind"] == "save"]
+        steps = [row["step"] for row in saves]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 6
+        assert [row["background"] for row in saves] == [background] * (len(saves) - 1) + [False]
+        assert all(row["failed"] is None and row["perf/save_mb_per_s"] > 0 for row in saves)
+        assert not [p for p in (folder / "checkpoints").iterdir() if not p.name.startswith("step-") or "." in p.name]
+        ends[name] = {p.name: p.read_bytes() for p in (folder / "checkpoints" / "step-00000006").glob("*.safetensors")}
+    assert ends["behind"] == ends["waited"]
+    more = lmtrain("train", path, "run.name=behind", "checkpoint.background=true", "train.steps=8")
+    assert more.code == 0, more.err
+    rows = list(read(tmp_path / "runs" / "behind" / METRICS))
+    (load,) = [row for row in rows if row["kind"] == "load"]
+    assert load["step"] == 6
+    assert load["perf/load_mb_per_s"] > 0
+    assert [row["step"] for row in rows if row["kind"] == "save"][-1] == 8

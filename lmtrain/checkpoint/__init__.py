@@ -2,8 +2,9 @@
 
 from lmtrain.checkpoint.exporting import export
 from lmtrain.checkpoint.manifest import Manifest, differences, same_run
+from lmtrain.checkpoint.names import Saved, Which
 from lmtrain.checkpoint.reader import Reader, faults, load_weights, verify
-from lmtrain.checkpoint.store import CheckpointConfig, Checkpoints, Saved, Which
+from lmtrain.checkpoint.store import CheckpointConfig, Checkpoints
 
 __all__ = [
     "CheckpointConfig",

@@ -25,7 +25,7 @@ from typing import Any
 
 _CHUNK = 4 * 2**20
 _PR_SET_PDEATHSIG = 1
-_NICE = 10
+_NICE = 5
 """Training goes first; when it waits for the writing, there is nobody to give way to."""
 
 

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from lmtrain.checkpoint.background import Background
-from lmtrain.checkpoint.manifest import Manifest, differences, read_manifest
+from lmtrain.checkpoint.flight import Flight
+from lmtrain.checkpoint.manifest import differences
+from lmtrain.checkpoint.names import LEFT_OVER, Saved, Which, name_of, saved_in
 from lmtrain.checkpoint.ranks import share, tell, together
 from lmtrain.checkpoint.reader import Reader, check_fits, faults
 from lmtrain.checkpoint.saving import made_by, sync_folder, write_manifest, write_share
@@ -31,13 +31,8 @@ from lmtrain.config import Config
 from lmtrain.errors import CheckpointError
 from lmtrain.protocol import Engine
 
-Which = int | Literal["best"] | None
-"""A step, the best one, or (None) the newest."""
-
 _PATIENCE = 0.01
 """Seconds between two looks at a save in the background that is waited for."""
-_WHOLE = re.compile(r"step-([0-9]{8,18})(?:\.([1-9][0-9]{0,8}))?")
-_LEFT_OVER = re.compile(r"step-[0-9]{8,18}(?:\.[1-9][0-9]{0,8})?\.[0-9a-f]{12}\.(?:writing|removing)")
 
 
 class CheckpointConfig(Config):
@@ -45,63 +40,15 @@ class CheckpointConfig(Config):
 
     keep: int = Field(2, ge=2, description="newest checkpoints to keep; at least 2, so that one may be damaged")
     keep_every: int = Field(0, ge=0, description="keep those whose step is a multiple of this for good; 0 = none")
-    file_mib: int = Field(
-        512, ge=1, description="largest size of a file of fragments, which are cut where they do not fit"
-    )
-    background: bool = Field(
-        False,
-        description="save while training goes on, from a copy in memory; all but the last one, which is waited for",
-    )
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Saved:
-    """A checkpoint on disk, by its name alone. `generation` counts the times that its step was saved."""
-
-    step: int
-    generation: int
-    path: Path
-
-    def manifest(self) -> Manifest:
-        """Its manifest; CheckpointError naming the file."""
-        return read_manifest(self.path)
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A save on its way, `behind`: while training goes on. See `Checkpoints` for the seconds."""
-
-    step: int
-    best: bool
-    aside: Path
-    began: float
-    behind: bool
-    blocked: float = 0.0
-    writing: float = 0.0
-    bytes: int = 0
-    generation: int = 0
-
-    @property
-    def what(self) -> str:
-        """How an error about it begins."""
-        return f"checkpoint of step {self.step} was not saved, older ones are intact"
-
-    def wrote(self, engine: Engine, seconds: float) -> None:
-        """The slowest rank's seconds count. Collective."""
-        self.writing = engine.agree(round(seconds * 1e6)) / 1e6
-
-
-def _name(step: int, generation: int) -> str:
-    return f"step-{step:08d}" + (f".{generation}" if generation > 1 else "")
+    file_mib: int = Field(512, ge=1, description="largest size of a file; fragments are cut where they do not fit")
+    background: bool = Field(False, description="save while training goes on, from a copy in memory")
 
 
 class Checkpoints:
     """The checkpoints in one folder.
 
-    note: is told, on rank 0, what was passed over or removed and why. watch: is told of every save, on every rank:
-    `step`, `best`, `background`, `bytes` of all ranks, `seconds` until it was on disk, `blocked` (how many of them the
-    loop stood still), `writing` (the slowest rank's seconds), and `failed`: None, or why a save in the background was
-    not made. Without it `note` is told of failures. loaded: the same of what was restored: `step`, `bytes`, `seconds`.
+    note: is told, on rank 0, what was passed over or removed and why. watch: is told of every save, on every rank (see
+    `Flight.told`); without it `note` is told of failures. loaded: `step`, `bytes` and `seconds` of what was restored.
     """
 
     def __init__(
@@ -118,7 +65,7 @@ class Checkpoints:
         self._note = note or logging.getLogger(__name__).warning
         self._watch = watch
         self._background = Background(file_bytes=self._file_bytes)
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._cleaner: threading.Thread | None = None
         self._bad: set[Path] = set()
         self._is_best: dict[Path, bool] = {}
@@ -128,18 +75,7 @@ class Checkpoints:
 
     def list(self) -> list[Saved]:
         """All checkpoints by name, oldest first, good or bad; other files in the folder are ignored."""
-        found = []
-        try:
-            names = sorted(os.listdir(self.folder))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise CheckpointError(f"{self.folder} cannot be listed: {error.strerror}") from None
-        for name in names:
-            match = _WHOLE.fullmatch(name)
-            if match and (self.folder / name).is_dir():
-                found.append(Saved(int(match[1]), int(match[2] or 1), self.folder / name))
-        return sorted(found)
+        return saved_in(self.folder)
 
     def any(self) -> bool:
         """Whether there is any checkpoint, good or bad: whether the folder was used."""
@@ -256,7 +192,7 @@ class Checkpoints:
 
         together(engine, choose, what="nothing to resume")
         step, generation = tell(engine, (chosen[0].step, chosen[0].generation) if chosen else (0, 0))
-        return Saved(step, generation, self.folder / _name(step, generation))
+        return Saved(step, generation, self.folder / name_of(step, generation))
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
@@ -280,11 +216,11 @@ class Checkpoints:
         save, makes a checkpoint of it when all ranks have written. A failure is reported then, never raised.
         One at a time: in both cases the save on its way, if there is one, is waited for first.
         """
-        began = time.perf_counter()
         self.attend(engine, wait=True)
+        began = time.perf_counter()
         (token,) = tell(engine, (secrets.randbits(48),))
         behind = self.config.background and not wait
-        flight = _Flight(step, best, self.folder / f"{_name(step, 1)}.{token:012x}.writing", began, behind)
+        flight = Flight(step, best, self.folder / f"{name_of(step, 1)}.{token:012x}.writing", began, behind)
 
         def begin() -> None:
             if engine.rank == 0:
@@ -312,6 +248,7 @@ class Checkpoints:
             self._give_up(engine, flight)
             if not behind:
                 raise
+            flight.blocked = time.perf_counter() - began
             self._tell(engine, flight, failed=str(error))
             return None
         flight.blocked = time.perf_counter() - began
@@ -319,7 +256,7 @@ class Checkpoints:
             self._flight = flight
             return None
         self._tell(engine, flight)
-        return self.folder / _name(step, flight.generation)
+        return self.folder / name_of(step, flight.generation)
 
     def attend(self, engine: Engine, *, wait: bool = False) -> None:
         """See to the save in the background, if there is one: when all ranks have written, make a checkpoint of it.
@@ -355,7 +292,7 @@ class Checkpoints:
         if self._cleaner is not None:
             self._cleaner.join()
 
-    def _publish(self, engine: Engine, flight: _Flight) -> None:
+    def _publish(self, engine: Engine, flight: Flight) -> None:
         """All ranks have written: a manifest, the name, and what need not be kept any longer is removed. Collective."""
 
         def finish() -> None:
@@ -364,28 +301,26 @@ class Checkpoints:
                 self._leave_past()
                 same = (saved.generation for saved in self.list() if saved.step == flight.step)
                 flight.generation = max(same, default=0) + 1
-                os.rename(flight.aside, self.folder / _name(flight.step, flight.generation))
+                os.rename(flight.aside, self.folder / name_of(flight.step, flight.generation))
                 sync_folder(self.folder)
 
         together(engine, finish, what=flight.what)
         flight.generation, flight.bytes = tell(engine, (flight.generation, flight.bytes))
         if engine.rank == 0:
-            new = Saved(flight.step, flight.generation, self.folder / _name(flight.step, flight.generation))
+            new = Saved(flight.step, flight.generation, self.folder / name_of(flight.step, flight.generation))
             self._is_best[new.path] = flight.best
             self._prune(new)
 
-    def _give_up(self, engine: Engine, flight: _Flight) -> None:
+    def _give_up(self, engine: Engine, flight: Flight) -> None:
         """All ranks know that it failed, and none of them writes any more when what there is of it is removed."""
         self._background.abandon()
         engine.agree(0)
         if engine.rank == 0:
             shutil.rmtree(flight.aside, ignore_errors=True)
 
-    def _tell(self, engine: Engine, flight: _Flight, *, failed: str | None = None) -> None:
-        told = {name: getattr(flight, name) for name in ("step", "best", "bytes", "blocked", "writing")}
-        told |= {"seconds": time.perf_counter() - flight.began, "failed": failed, "background": flight.behind}
+    def _tell(self, engine: Engine, flight: Flight, *, failed: str | None = None) -> None:
         if self._watch is not None:
-            self._watch(told)
+            self._watch(flight.told(failed=failed))
         elif failed and engine.rank == 0:
             self._note(failed)
 
@@ -457,5 +392,5 @@ class Checkpoints:
             self._cleaner.join()
         for name in os.listdir(self.folder):
             path = self.folder / name
-            if _LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
+            if LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
