@@ -71,6 +71,8 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
         accumulation=accumulation,
         seed=train_config.seed,
     )
+    if place.rank == 0 and (keys := engines.untested(config.engine)):
+        say(f"engine.deepspeed: passed on to DeepSpeed, but in no test of lmtrain's: {', '.join(keys)}")
     try:
         steps = train_config.length(config.data.global_batch * config.data.context)
         layout = {"threads": threads, "micro_batch": micro_batch, "zero_stage": config.engine.zero_stage}

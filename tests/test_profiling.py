@@ -12,8 +12,11 @@ import torch
 
 from lmtrain import profiling
 from lmtrain.profiling import PROFILE_FILE, Profile, ProfileConfig
+from lmtrain.protocol import Place
+from tests.engine.jobs import engine_for, one_step, small_model
 from tests.fake_ranks import engines
 from tests.house import config, lmtrain
+from tests.spawn import spawn
 
 
 def steps(tracer: Profile, engine: Any, first: int, last: int) -> None:
@@ -130,6 +133,35 @@ def test_the_end_of_a_run_ends_its_trace(tmp_path: Path) -> None:
         steps(tracer, engine, 1, 5)
     assert [worked(trace) for trace in (tmp_path / "profile").rglob("*.gz")] == [[3, 4, 5]]
     assert not torch.autograd._profiler_enabled()
+
+
+def traced(place: Place, folder: Path) -> list[str]:
+    """A real engine at stage 2; rank 0 alone sees the file come, before step 3."""
+    torch.set_num_threads(1)
+    engine = engine_for(small_model("rnn"), place, micro=6, zero_stage=2)
+    said: list[str] = []
+    with Profile(ProfileConfig(every=2, steps=2), folder, note=said.append) as tracer:
+        for step in range(1, 8):
+            if step == 3 and place.rank == 0:
+                (folder / PROFILE_FILE).touch()
+            with torch.profiler.record_function(f"work of step {step}"):
+                one_step(engine, step, micro=6)
+            tracer(engine, {"step": step})
+    engine.close()
+    return said
+
+
+@pytest.mark.slow
+def test_two_ranks_trace_the_same_steps(tmp_path: Path) -> None:
+    said = spawn("tests.test_profiling:traced", world=2, timeout=400, folder=tmp_path)
+    assert [len(lines) for lines in said] == [1, 0]
+    assert not (tmp_path / PROFILE_FILE).exists()
+    traces = sorted((tmp_path / "profile" / "step-00000005").iterdir())
+    assert [path.name for path in traces] == ["rank-00000.json.gz", "rank-00001.json.gz"]
+    for path in traces:
+        assert worked(path) == [5, 6]
+        names = {event["name"] for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+        assert any("all_reduce" in name or "reduce_scatter" in name for name in names), "the collectives are in it"
 
 
 def test_a_run_is_watched_and_traced(trained: Path, tmp_path: Path) -> None:

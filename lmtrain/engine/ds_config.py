@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,24 @@ def deepspeed_json(
     for name in ("optimizer", "scheduler", "bfloat16"):  # the first two are ours alone, the third is bf16's old name
         added.pop(name, None)
     return _merge(ours, _without_auto(added))
+
+
+def untested(config: EngineConfig) -> list[str]:
+    """Keys of `engine.deepspeed` that DeepSpeed gets and that lmtrain's tests never gave it, as dotted paths."""
+    given, _ = _given(config.deepspeed)
+    return sorted(set(_leaves(_without_auto({k: v for k, v in given.items() if k in _PASSED_ON}))) - ds_keys.TESTED)
+
+
+_PASSED_ON = ds_keys.PASSED | {"bf16", "data_types", "fp16", "zero_optimization"}
+_OURS = {"bf16.enabled", "data_types.grad_accum_dtype", "fp16.enabled", "zero_optimization.stage"}
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}.")
+        elif path + key not in _OURS:
+            yield path + key
 
 
 def _generated(

@@ -188,3 +188,18 @@ ADAMW_PARAMS = frozenset(
     {"lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused", "bias_correction"}
 )
 MUON_PARAMS = ADAMW_PARAMS | {"momentum", "muon_lr", "adam_lr", "ns_steps"}
+
+TESTED = frozenset(
+    {
+        "fp16.hysteresis",
+        "fp16.initial_scale_power",
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.memory_efficient_linear",
+        "zero_optimization.offload_optimizer.device",
+        "zero_optimization.offload_optimizer.pin_memory",
+        "zero_optimization.offload_param.device",
+        "zero_optimization.offload_param.pin_memory",
+        "zero_optimization.stage3_param_persistence_threshold",
+    }
+)
+"""What else than our own words lmtrain's tests run DeepSpeed with, on a CPU. All other keys are passed on untested."""

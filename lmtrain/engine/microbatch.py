@@ -42,14 +42,20 @@ def loss(logp_BT: Tensor, weight_BT: Tensor, *, scale: float) -> Tensor:
     return -(logp_BT * weight_BT).sum() * scale
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Ask the model to recompute activations; ConfigError when it cannot."""
+def checkpoint_activations(model: nn.Module, what: bool | str) -> None:
+    """Ask the model to recompute activations, of whole blocks (True) or a part of each; ConfigError when it cannot."""
     switch = getattr(model, "checkpoint_activations", None)
+    kind = type(model).__module__
     if switch is None:
-        raise ConfigError(
-            f"engine.activation_checkpointing = true, but {type(model).__module__} does not offer it; set it to false"
-        )
-    switch(True)
+        raise ConfigError(f"engine.activation_checkpointing = true, but {kind} does not offer it; set it to false")
+    if isinstance(what, bool):
+        switch(what)
+        return
+    parts = getattr(model, "parts_to_recompute", ())
+    if what not in parts:
+        others = f"true or {' or '.join(parts)}" if parts else "true"
+        raise ConfigError(f"engine.activation_checkpointing = {what}, but {kind} has no such part; use {others}")
+    switch(True, part=what)
 
 
 def norm(gradients: list[Tensor]) -> float:

@@ -40,7 +40,7 @@ class PlainEngine:
         self.optimizer_steps = 0
         self.skipped_steps = 0
         if config.activation_checkpointing:
-            microbatch.checkpoint_activations(model)
+            microbatch.checkpoint_activations(model, config.activation_checkpointing)
         self.low = torch.bfloat16 if config.precision == "bf16" else None
         named = list(model.named_parameters())
         if self.low is not None:

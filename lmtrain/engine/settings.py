@@ -25,7 +25,9 @@ class EngineConfig(Config):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
     offload: Literal["none", "cpu"] = Field("none", description="cpu: optimizer state in host memory (stages 1 to 3)")
-    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    activation_checkpointing: bool | Literal["attention", "mlp"] = Field(
+        False, description="recompute activations in the backward pass: true = whole blocks, or that part of each alone"
+    )
     compile: bool = Field(False, description="torch.compile the model")
     timeout: float = Field(600.0, gt=0, description="seconds after which a collective that a rank misses fails")
     deepspeed: str | dict[str, Any] | None = Field(

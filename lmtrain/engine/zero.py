@@ -61,7 +61,7 @@ class ZeroEngine:
                 f"engine.precision = fp16 is not supported on {self.device.type}; use fp32, or bf16 on a GPU"
             )
         if config.activation_checkpointing:
-            microbatch.checkpoint_activations(model)
+            microbatch.checkpoint_activations(model, config.activation_checkpointing)
         self.control = rendezvous.join(place, self.device, timeout=config.timeout)
         named = list(model.named_parameters())
         grouped = optimizer.groups(optimizer_config, named)

@@ -136,6 +136,7 @@ class Block(nn.Module):
         std = config.init_std
         out_std = 0.0 if config.zero_projections else std / math.sqrt(2 * config.layers)
         self.layer = layer
+        self.recompute: str | None = None
         self.residual_dropout = _or(config.residual_dropout, config.dropout)
         self.attention_norm = norm(config.norm, config.width, eps=config.norm_eps, bias=config.bias)
         self.attention = Attention(
@@ -166,9 +167,20 @@ class Block(nn.Module):
         mask: Tensor | None,
         cache: KeyValueCache | None,
     ) -> Tensor:
-        """[B, T, D]."""
+        """[B, T, D]. The part named by `recompute` keeps nothing but its input for the backward pass."""
+        again = self.recompute if self.training and torch.is_grad_enabled() else None
+        if again == "attention":
+            h_BTD = checkpoint(self._attend, h_BTD, turn, mask, None, use_reentrant=False)
+        else:
+            h_BTD = self._attend(h_BTD, turn, mask, cache)
+        out_BTD: Tensor = checkpoint(self._think, h_BTD, use_reentrant=False) if again == "mlp" else self._think(h_BTD)
+        return out_BTD
+
+    def _attend(self, h_BTD: Tensor, turn: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         a_BTD = self.attention(self.attention_norm(h_BTD), turn=turn, mask=mask, cache=cache, layer=self.layer)
-        h_BTD = h_BTD + self._drop(a_BTD)
+        return h_BTD + self._drop(a_BTD)
+
+    def _think(self, h_BTD: Tensor) -> Tensor:
         return h_BTD + self._drop(self.mlp(self.mlp_norm(h_BTD)))
 
     def _drop(self, h_BTD: Tensor) -> Tensor:
@@ -179,6 +191,7 @@ class GPT(Model):
     """The Transformer of `config` over the symbols of `spec`."""
 
     context: int
+    parts_to_recompute = ("attention", "mlp")
 
     def __init__(self, config: Config, *, spec: Spec) -> None:
         super().__init__()
@@ -269,9 +282,15 @@ class GPT(Model):
             cache.advance(T)
         return h_BTD
 
-    def checkpoint_activations(self, enabled: bool) -> None:
-        """Keep only the input of each block for the backward pass, and compute the rest of it again there."""
-        self._checkpointed = enabled
+    def checkpoint_activations(self, enabled: bool, *, part: str | None = None) -> None:
+        """Keep only the input of each block for the backward pass, and compute the rest of it again there.
+
+        part: one of `parts_to_recompute`; then only that half of each block (its norm included) is computed again.
+        """
+        self._checkpointed = enabled and part is None
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = part if enabled else None
 
     def flops_per_symbol(self, context: int) -> float:
         """Training FLOPs a symbol in rows of `context`: 3 times the forward products, attention over the past alone.

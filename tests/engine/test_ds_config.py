@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lmtrain.config import build
-from lmtrain.engine import EngineConfig, OptimizerConfig, deepspeed_json, ds_keys
+from lmtrain.engine import EngineConfig, OptimizerConfig, deepspeed_json, ds_keys, untested
 from lmtrain.errors import ConfigError
 from tests.spawn import spawn
 
@@ -81,6 +81,16 @@ def test_agreeing_keys_are_merged_and_auto_is_filled(tmp_path: Path, inline: boo
     assert "scheduler" not in out
     assert "wandb" not in out
     assert "auto" not in json.dumps(out)
+
+
+def test_keys_that_no_test_of_ours_gives_deepspeed_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "ds_config.json"
+    path.write_text(json.dumps(AGREEING))
+    found = untested(EngineConfig(zero_stage=2, device="cpu", deepspeed=str(path)))
+    assert found == ["fp16.loss_scale_window", "wall_clock_breakdown", "zero_optimization.overlap_comm"]
+    assert untested(EngineConfig()) == []
+    tested = {"zero_optimization": {"offload_param": {"device": "cpu"}, "stage3_param_persistence_threshold": 0}}
+    assert untested(EngineConfig(zero_stage=3, deepspeed=tested)) == []
 
 
 BAD: list[tuple[str, Any, dict[str, Any], list[str]]] = [
@@ -238,6 +248,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"zero_stage": 4}, "zero_stage = 4"),
         ({"timeout": 0}, "timeout = 0"),
         ({"stage": 1}, "did you mean 'zero_stage'?"),
+        ({"activation_checkpointing": "norms"}, "activation_checkpointing"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

@@ -110,10 +110,12 @@ def test_noise_is_seeded_by_the_row_and_the_step() -> None:
 def test_recomputed_activations_change_nothing() -> None:
     """The same bits with dropout: the masks are replayed."""
     curves = []
-    for flag in (False, True):
+    for flag in (False, True, "attention", "mlp"):
         engine = engine_for(small_model("gpt"), Place(), micro=6, kind="plain", activation_checkpointing=flag)
         curves.append(train(engine, range(4), micro=6))
-    assert curves[0] == curves[1]
+    assert all(curve == curves[0] for curve in curves)
+    with pytest.raises(ConfigError, match=r"activation_checkpointing = mlp, but lmtrain\.models\.rnn has no such part"):
+        engine_for(small_model("rnn"), Place(), micro=6, kind="plain", activation_checkpointing="mlp")
 
 
 def test_bf16_has_fp32_masters() -> None:

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "odd": {"model": "odd", "steps": 8},
     "odd-muon": {"model": "odd", "steps": 8, "optimizer": MUON},
     "gpt-recompute": {"model": "gpt", "steps": 8, "activation_checkpointing": True},
+    "gpt-recompute-mlp": {"model": "gpt", "steps": 8, "activation_checkpointing": "mlp"},
     "gpt-offload": {"model": "gpt", "steps": 8, "offload": "cpu"},
     "rnn-offload-muon": {"model": "rnn", "steps": 8, "offload": "cpu", "optimizer": MUON},
 }
