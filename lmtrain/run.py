@@ -20,6 +20,7 @@ from lmtrain import engine as engines
 from lmtrain import hardware, models, stopping
 from lmtrain.checkpoint import Checkpoints
 from lmtrain.config import dump
+from lmtrain.data import parts as in_parts
 from lmtrain.data import prepare as preparing
 from lmtrain.data.corpus import open_corpus
 from lmtrain.data.loader import Loader, compare_order
@@ -141,8 +142,13 @@ def _peak(config: RunConfig, engine: Engine) -> hardware.Peak:
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(config: RunConfig, *, processes: int = 0, force: bool = False) -> preparing.Prepared:
-    """Make `data.corpus` as the config's `prepare` section says; a corpus made so already is left as it is."""
+def prepare_corpus(
+    config: RunConfig, *, processes: int = 0, force: bool = False, part: str | None = None, merge: bool = False
+) -> preparing.Prepared | in_parts.PreparedPart:
+    """Make `data.corpus` as the config's `prepare` section says; a corpus made so already is left as it is.
+
+    part: `i/n`, only the blocks i modulo n of it. merge: put it together from its parts.
+    """
     if config.prepare is None:
         raise ConfigError("prepare is not given; say at least prepare.source.kind")
     out = config.data.corpus
@@ -157,7 +163,13 @@ def prepare_corpus(config: RunConfig, *, processes: int = 0, force: bool = False
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        return preparing.prepare(config.prepare, Path(out), processes=processes, progress=progress, force=force)
+        if part is not None:
+            mine = in_parts.Part.parse(part)
+            return in_parts.prepare_part(
+                config.prepare, Path(out), mine, processes=processes, progress=progress, force=force
+            )
+        make = in_parts.merge if merge else preparing.prepare
+        return make(config.prepare, Path(out), processes=processes, progress=progress, force=force)
 
 
 def train_tokenizer(config: RunConfig, out: Path) -> dict[str, Any]:
