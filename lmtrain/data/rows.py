@@ -122,7 +122,7 @@ class PreparedSplit:
         start_B = np.empty(len(position_B), np.int64)
         corpus, starts, shifts, blocks = self.corpus, self._starts, self._shifts, self._blocks
         corpus.check_open()
-        verified, last = corpus.verified, len(starts) - 1
+        verified, last = corpus.verified, len(starts) - 1 if corpus.is_local else 0
         weight_BT = whole_BT = self._ones(len(position_B), context)
         # A batch has few rows: a bisection each costs less than a dozen numpy calls for all of them.
         for at, position in enumerate(position_B.tolist()):
@@ -149,6 +149,16 @@ class PreparedSplit:
             cond=Cond(torch.from_numpy(start_B), self._first(position_B, context) if masking else None),
             position_B=torch.from_numpy(position_B),
         )
+
+    def want(self, index_N: np.ndarray, context: int) -> bool:
+        """Have what these rows lie in fetched beforehand, if it is remote; False when no more can be."""
+        size = self.corpus.dtype.itemsize
+        for position in (np.asarray(index_N, np.int64) * context).tolist():
+            start = max(position - 1, 0)
+            for block, offset, _, some in self._pieces(start, min(position + context, self.symbols) - start):
+                if not self.corpus.want(block, range(offset * size >> 20, ((offset + some) * size - 1 >> 20) + 1)):
+                    return False
+        return True
 
     def _ones(self, rows: int, context: int) -> torch.Tensor:
         """Weights of whole rows: one number, seen [B, T] times, so that nothing can be written into it."""
