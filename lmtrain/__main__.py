@@ -75,12 +75,19 @@ def prepare(
     overrides: Overrides = None,
     processes: Annotated[int, typer.Option("--processes", "-p", min=0, help="0 = one a core")] = 0,
     force: Annotated[bool, typer.Option(help="replace a corpus that was prepared otherwise")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="only the blocks i modulo n: on many machines")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="put the corpus together from its parts")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make the corpus `data.corpus` of a config from its `prepare` section: tokens in shards, with a fingerprint."""
     from lmtrain import run, schema
 
-    report = run.prepare_corpus(schema.load(config, overrides or []), processes=processes, force=force)
+    if part is not None and merge:
+        raise InputError("--part and --merge are both given; make all parts first, then merge them")
+    settings = schema.load(config, overrides or [])
+    report = run.prepare_corpus(settings, processes=processes, force=force, part=part, merge=merge)
     if as_json:
         _print_json(report.to_json())
     else:

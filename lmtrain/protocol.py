@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -263,7 +263,7 @@ class Split(Protocol):
 class Corpus(Protocol):
     """A prepared corpus: shards with a fingerprint."""
 
-    path: Path
+    path: PurePath
     fingerprint: str
     kind: str
     alphabet: int

@@ -21,9 +21,11 @@ from lmtrain import engine as engines
 from lmtrain import hardware, models, stopping
 from lmtrain.checkpoint import Checkpoints
 from lmtrain.config import dump
+from lmtrain.data import parts as in_parts
 from lmtrain.data import prepare as preparing
 from lmtrain.data.corpus import open_corpus
 from lmtrain.data.loader import Loader, compare_order
+from lmtrain.data.remote import is_url
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError
 from lmtrain.fleet import Fleet
 from lmtrain.inference import sample as sampling
@@ -151,11 +153,18 @@ def _peak(config: RunConfig, engine: Engine) -> hardware.Peak:
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_corpus(config: RunConfig, *, processes: int = 0, force: bool = False) -> preparing.Prepared:
-    """Make `data.corpus` as the config's `prepare` section says; a corpus made so already is left as it is."""
+def prepare_corpus(
+    config: RunConfig, *, processes: int = 0, force: bool = False, part: str | None = None, merge: bool = False
+) -> preparing.Prepared | in_parts.PreparedPart:
+    """Make `data.corpus` as the config's `prepare` section says; a corpus made so already is left as it is.
+
+    part: `i/n`, only the blocks i modulo n of it. merge: put it together from its parts.
+    """
     if config.prepare is None:
         raise ConfigError("prepare is not given; say at least prepare.source.kind")
     out = config.data.corpus
+    if isinstance(out, str) and is_url(out):
+        raise ConfigError(f"data.corpus = {out} is a URL; prepare into a folder and copy it there")
     if not isinstance(out, str):
         raise ConfigError("data.corpus is a mixture; prepare its corpora one by one, each with its own config")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -167,7 +176,13 @@ def prepare_corpus(config: RunConfig, *, processes: int = 0, force: bool = False
                 tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done, total=total)
 
-        return preparing.prepare(config.prepare, Path(out), processes=processes, progress=progress, force=force)
+        if part is not None:
+            mine = in_parts.Part.parse(part)
+            return in_parts.prepare_part(
+                config.prepare, Path(out), mine, processes=processes, progress=progress, force=force
+            )
+        make = in_parts.merge if merge else preparing.prepare
+        return make(config.prepare, Path(out), processes=processes, progress=progress, force=force)
 
 
 def train_tokenizer(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -185,19 +200,16 @@ def _console() -> Any:
 
 def corpora_for(config: RunConfig, place: Place) -> list[Corpus]:
     """The corpora of `data.corpus`, opened; a missing one is prepared first when the config says how."""
-    paths = (
-        [Path(config.data.corpus)]
-        if isinstance(config.data.corpus, str)
-        else [Path(part.path) for part in config.data.corpus]
-    )
-    if len(paths) == 1 and config.prepare is not None and not (paths[0] / "manifest.json").exists():
+    names = [share.path for share in config.data.shares]
+    paths = [Path(name) for name in names if not is_url(name)]
+    if len(names) == len(paths) == 1 and config.prepare is not None and not (paths[0] / "manifest.json").exists():
         if place.rank == 0:
             say(f"{paths[0]} is not there yet; preparing it")
             say(prepare_corpus(config).describe())
         else:
             while not (paths[0] / "manifest.json").exists():
                 time.sleep(_PATIENCE)
-    return [open_corpus(path) for path in paths]
+    return [open_corpus(name, remote=config.data.remote, note=say) for name in names]
 
 
 def spec_of(corpus: Corpus, config: RunConfig) -> Spec:
@@ -341,7 +353,7 @@ def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, R
     results = {}
     with engine.evaluating() as model:
         for name, chosen in config.eval.sets.items():
-            corpus = own if chosen.corpus is None else open_corpus(Path(chosen.corpus))
+            corpus = own if chosen.corpus is None else open_corpus(chosen.corpus, remote=config.data.remote, note=say)
             require_same_symbols(corpus, own, what=f"eval.sets.{name}.corpus")
             results[name] = score.evaluate(
                 model,

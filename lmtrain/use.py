@@ -16,6 +16,7 @@ from lmtrain.config import build, override, read_yaml
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.data.loader import DataConfig
 from lmtrain.data.memory import MemoryCorpus
+from lmtrain.data.remote import is_url
 from lmtrain.errors import CheckpointError, ConfigError, InputError
 from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
@@ -74,7 +75,7 @@ def open_run(folder: Path, *, checkpoint: str = "last", overrides: Sequence[str]
 def own_corpus(data: DataConfig) -> PreparedCorpus:
     """The run's own corpus; of a mixture the first, whose tokenizer all share."""
     first = data.corpus if isinstance(data.corpus, str) else data.corpus[0].path
-    return open_corpus(Path(first))
+    return open_corpus(first, remote=data.remote)
 
 
 def _belong_together(saved: Saved, corpus: PreparedCorpus) -> None:
@@ -168,8 +169,8 @@ def _sets(own: PreparedCorpus, data: Sequence[str], split: str) -> dict[str, tup
     sets: dict[str, tuple[Corpus, Split]] = {}
     for given in data:
         path = Path(given)
-        if path.is_dir():
-            corpus = open_corpus(path)
+        if is_url(given) or path.is_dir():
+            corpus = open_corpus(given)
             require_same_symbols(corpus, own, what="--data")
             sets[f"{given}/{split}"] = (corpus, corpus.split(split))
         else:

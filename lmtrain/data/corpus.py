@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,11 +36,13 @@ from lmtrain.data.layout import (
     checks_name,
     columns,
     documents_name,
-    file_sha256,
     fingerprint,
     tokens_name,
 )
+from lmtrain.data.pieces import RemoteFile
+from lmtrain.data.remote import Remote, is_url, local
 from lmtrain.data.rows import PreparedSplit
+from lmtrain.data.shelf import LocalShelf, RemoteConfig, RemoteShelf
 from lmtrain.errors import CorpusError, TokenizerError
 
 if TYPE_CHECKING:
@@ -58,8 +60,10 @@ EMPTY = np.zeros(0, DOCUMENT)
 class PreparedCorpus:
     """A prepared corpus of text; implements `protocol.Corpus`. Open one with `open_corpus`."""
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, shelf: LocalShelf | RemoteShelf, manifest: Mapping[str, Any]) -> None:
+        self.path: PurePath = shelf.path
+        self.shelf = shelf
+        self.is_local = isinstance(shelf, LocalShelf)
         self.manifest = manifest
         self.fingerprint: str = manifest["fingerprint"]
         self.kind: str = manifest["kind"]
@@ -73,13 +77,13 @@ class PreparedCorpus:
         self._files: Mapping[str, Mapping[str, Any]] = manifest["files"]
         self._verified: set[str] = set()
         self._lock = threading.Lock()  # the prefetch thread reads too; held only where a cache changes
-        self._open: dict[int, CheckedFile] = {}
+        self._open: dict[int, CheckedFile | RemoteFile] = {}
         self._check_due = 0.0
         self.verified: dict[int, np.ndarray] = {}
         """By block, what `symbols` gives, of the token files that are open and verified in whole."""
         self._touched: dict[int, bytearray] = {}
         self._tables: dict[int, np.ndarray] = {}
-        self._index: CheckedFile | None = None
+        self._index: CheckedFile | RemoteFile | None = None
         self._dropped: np.ndarray | None = None
         self._symbol_bytes_V: np.ndarray | None = None
         self._tokenizer: Tokenizer | None = None
@@ -143,10 +147,9 @@ class PreparedCorpus:
 
             wanted = self.manifest["tokenizer"]
             file = wanted["file"]
-            for name in self._files:
-                if name == file or name.startswith(f"{file}/"):
-                    self._small(name)
-            tokenizer = load(self.path / file)
+            names = [name for name in self._files if name == file or name.startswith(f"{file}/")]
+            with self.shelf.folder({name: self._small(name) for name in names}) as folder:
+                tokenizer = load(folder / file)
             given = {"sha256": tokenizer.sha256, "alphabet": tokenizer.vocab, "end symbol": tokenizer.end}
             want = {"sha256": wanted["sha256"], "alphabet": self.alphabet, "end symbol": self.bos}
             for key, value in want.items():
@@ -160,20 +163,20 @@ class PreparedCorpus:
 
     def _small(self, name: str) -> bytes:
         """A whole file, verified by sha256."""
-        try:
-            data = (self.path / name).read_bytes()
-        except OSError as error:
-            raise CorpusError(f"{self.path / name} cannot be read: {error.strerror}") from None
+        data = self.shelf.read(name, self._files[name]["sha256"])
         self._compare_sha256(name, data)
         return data
 
     def _compare_sha256(self, name: str, data: bytes | None = None) -> None:
-        found = file_sha256(self.path / name) if data is None else hashlib.sha256(data).hexdigest()
+        if data is None:
+            found = self.shelf.sha256(name, self._files[name]["size"])
+        else:
+            found = hashlib.sha256(data).hexdigest()
         if found != self._files[name]["sha256"]:
             raise CorpusError(f"{self.path / name} is damaged (sha256 differs from the manifest's); {MEND}")
         self._verified.add(name)
 
-    def tokens(self, block: int) -> CheckedFile:
+    def tokens(self, block: int) -> CheckedFile | RemoteFile:
         """The token file of a block, open."""
         file = self._open.get(block)
         if file is None:
@@ -181,7 +184,7 @@ class PreparedCorpus:
             size = self._files[name]["size"]
             touched = self._touched.setdefault(block, bytearray(-(-size // MIB)))
             checks = _once(lambda: np.frombuffer(self._small(checks_name(block)), "<u4"))
-            file = CheckedFile(self.path / name, size=size, checks=checks, touched=touched)
+            file = self.shelf.open(name, size=size, checks=checks, touched=touched)
             self._keep(self._open, block, file)
         return file
 
@@ -211,14 +214,14 @@ class PreparedCorpus:
         table = self._tables.get(block)
         if table is None:
             name = documents_name(block)
-            self._check_size(name)
-            if name not in self._verified:
-                self._compare_sha256(name)
-            try:
-                size = self._files[name]["size"]
-                table = np.memmap(self.path / name, DOCUMENT, mode="r").view(np.ndarray) if size else EMPTY
-            except OSError as error:
-                raise CorpusError(f"{self.path / name} cannot be read: {error.strerror}") from None
+            if not self.is_local:
+                table = np.frombuffer(self._small(name), DOCUMENT)
+            else:
+                self._check_size(name)
+                if name not in self._verified:
+                    self._compare_sha256(name)
+                table = self.shelf.table(name, DOCUMENT) if self._files[name]["size"] else EMPTY
+            assert table is not None
             self._keep(self._tables, block, table)
         return table
 
@@ -233,13 +236,16 @@ class PreparedCorpus:
             cache[key] = value
 
     def _check_size(self, name: str) -> None:
-        path, wanted = self.path / name, self._files[name]["size"]
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise CorpusError(f"{path} is missing or cannot be read ({error.strerror}); {MEND}") from None
-        if found != wanted:
-            raise CorpusError(f"{path} has {found} bytes, the manifest says {wanted}; {MEND}")
+        self.shelf.check_size(name, self._files[name]["size"])
+
+    def want(self, block: int, mibs: Iterable[int]) -> bool:
+        """Have MiBs of a token file fetched beforehand; False when no more can be. Nothing to do where it is local."""
+        file = self.tokens(block)
+        return isinstance(file, CheckedFile) or file.want(mibs)
+
+    def close(self) -> None:
+        """Leave the cache of a remote corpus; it cannot be read any more."""
+        self.shelf.close()
 
     def check_sizes(self) -> None:
         """That every file is there with its size; CorpusError names the one that is not."""
@@ -257,8 +263,8 @@ class PreparedCorpus:
         """int64 [blocks]: in each block, the sum of a field over the documents before this column."""
         if self._index is None:
             size = len(FIELDS) * (GROUPS * BUCKETS + 1) * self.blocks * 8
-            self._index = CheckedFile(
-                self.path / INDEX,
+            self._index = self.shelf.open(
+                INDEX,
                 size=size,
                 checks=_once(lambda: np.frombuffer(self._small(INDEX_CHECKS), "<u4")),
                 touched=bytearray(-(-size // MIB)),
@@ -308,12 +314,21 @@ def _once(load: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
     return get
 
 
-def open_corpus(path: Path | str) -> PreparedCorpus:
+def open_corpus(
+    path: Path | str, *, remote: RemoteConfig | None = None, note: Callable[[str], None] | None = None
+) -> PreparedCorpus:
     """Open a prepared corpus: the manifest's own hash and every file's size are checked here, contents when touched.
 
-    Raises CorpusError naming the file that is missing, damaged, or of another version.
+    path: a folder, or a URL, whose files are read piece by piece as `remote` says and checked as they come. note: hears
+    of waiting for a server. Raises CorpusError naming the file that is missing, damaged, or of another version, and
+    ConfigError for a URL that cannot be used.
     """
-    folder = Path(path)
+    if is_url(path) and local(str(path)) == str(path):
+        config = remote or RemoteConfig()
+        afar = Remote(str(path), patience=config.patience, note=note or (lambda text: None))
+        manifest = _manifest(afar.path / MANIFEST, afar.read(MANIFEST, check=lambda data: None))
+        return PreparedCorpus(RemoteShelf(afar, config, of=manifest["fingerprint"]), manifest)
+    folder = Path(local(str(path)))
     file = folder / MANIFEST
     try:
         data = file.read_bytes()
@@ -321,8 +336,14 @@ def open_corpus(path: Path | str) -> PreparedCorpus:
         raise CorpusError(
             f"no prepared corpus in {folder}: {file} cannot be read; make one with `lmtrain prepare`"
         ) from None
+    corpus = PreparedCorpus(LocalShelf(folder), _manifest(file, data))
+    corpus.check_sizes()
+    return corpus
+
+
+def _manifest(file: PurePath, data: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(data)
+        manifest: dict[str, Any] = json.loads(data)
         version, found = manifest["version"], manifest["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise CorpusError(f"{file} is damaged (not a manifest); {MEND}") from None
@@ -331,6 +352,4 @@ def open_corpus(path: Path | str) -> PreparedCorpus:
     if version != VERSION or manifest["kind"] != "text":
         what = f"format version {version}, kind {manifest['kind']!r}"
         raise CorpusError(f"{file} has {what}; this lmtrain reads version {VERSION}, kind 'text'")
-    corpus = PreparedCorpus(folder, manifest)
-    corpus.check_sizes()
-    return corpus
+    return manifest

@@ -23,7 +23,9 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import order
+from lmtrain.data.corpus import PreparedCorpus
 from lmtrain.data.rows import PreparedSplit, Rows
+from lmtrain.data.shelf import RemoteConfig
 from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.protocol import Batch, Cond, Corpus
 
@@ -47,13 +49,14 @@ class DataConfig(Config):
     corpus: Annotated[
         Annotated[str, Tag("path"), Field(min_length=1)] | Annotated[tuple[CorpusShare, ...], Tag("mixture")],
         Discriminator(lambda value: "path" if isinstance(value, str) else "mixture"),
-    ] = Field(description="folder of a prepared corpus, or a mixture [{path, weight}, ...]")
+    ] = Field(description="folder or URL of a prepared corpus, or a mixture [{path, weight}, ...]")
     context: int = Field(256, ge=1, description="symbols a row: inputs, and scored symbols")
     global_batch: int = Field(32, ge=1, description="rows an optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="rows a forward pass; null = global_batch / ranks")
     block_windows: int = Field(1, ge=1, description="rows that stay together in the order; 1 = fully random")
     document_masking: bool = Field(False, description="cut attention and state where a document begins")
     prefetch: bool = Field(True, description="read the next step's batch in a thread meanwhile")
+    remote: RemoteConfig = Field(RemoteConfig(), description="how a corpus that is a URL is read")
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:
@@ -155,6 +158,8 @@ class Loader:
                 for corpus, weight in zip(corpora, self._mixture.weights_C, strict=True)
             ],
         }
+        self._ahead = max((each.shelf.ahead for each in corpora if isinstance(each, PreparedCorpus)), default=0)
+        self._announced = 0
         self._layouts: dict[int, tuple[int, int]] = {}
         self._kept: _Stretch | None = None
 
@@ -242,6 +247,21 @@ class Loader:
                 ]
             )
         return replace(batch, index=index) if index else batch
+
+    def announce(self, step: int, rank: int, world: int) -> None:
+        """Have what this rank reads from `step` on fetched beforehand, where corpora are remote."""
+        if not self._ahead:
+            return
+        if not step <= self._announced <= step + self._ahead:
+            self._announced = step
+        micro, accumulation = self.layout(world)
+        for later in range(self._announced, step + self._ahead):
+            first = later * self.config.global_batch + rank * micro + np.arange(accumulation) * world * micro
+            corpus_N, row_N = self._locate((first[:, None] + np.arange(micro)).ravel())
+            for number, split in enumerate(self._splits):
+                if isinstance(split, PreparedSplit) and not split.want(row_N[corpus_N == number], self.config.context):
+                    return  # as much as the cache may hold is on its way
+            self._announced = later + 1
 
     def order_record(self) -> dict[str, Any]:
         """What fixes the order, by config key, as JSON values: for the run's folder, and `compare_order`."""
@@ -331,6 +351,7 @@ class Prefetch:
         if self._pool is not None:
             following = (step + 1, rank, world)
             self._next = (following, self._pool.submit(self.loader.batch, *following))
+            self.loader.announce(step + 2, rank, world)
         self.waited = time.perf_counter() - began
         self.waited_in_all += self.waited
         return batches

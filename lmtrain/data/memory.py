@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ class MemoryCorpus:
         if not any(raw):
             raise InputError(f"{name}: there is not one byte to score")
         self._tokenizer = tokenizer
-        self.path = Path(name)
+        self.path: PurePath = Path(name)
         self.alphabet = tokenizer.vocab
         self.bos = tokenizer.end
         digest = hashlib.sha256(tokenizer.sha256.encode())

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +90,24 @@ class _Documents:
 
 
 class Planner:
-    """Makes the plan for the blocks `found` in `folder`, or reads it back."""
+    """Makes the plan for the blocks `found` in `folder`, or reads it back.
 
-    def __init__(self, config: PrepareConfig, folder: Path, found: Sequence[RawBlock], workers: Workers) -> None:
+    division: the split, when it is decided already. text: raw documents of a block, when the folder has not all.
+    """
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        folder: Path,
+        found: Sequence[RawBlock],
+        workers: Workers,
+        *,
+        division: Division | None = None,
+        text: Callable[[int], list[bytes]] | None = None,
+    ) -> None:
         self.config, self.folder, self.found, self.workers = config, folder, found, workers
+        self._division = division
+        self._text = text or (lambda number: blocks.load(folder, number)[0])
 
     def saved(self) -> Plan | None:
         """The decisions of an attempt that was killed after it had made them."""
@@ -108,7 +122,7 @@ class Planner:
     def make(self) -> Plan:
         """Decide everything, and save the decisions."""
         drop = self.config.drop
-        division = self._divide()
+        division = self._division or self.divide()
         known, held_K = self._survey(division)
         everything_D = np.ones(len(known.split_D), np.bool_)
         _check_filled(known.counts(division.names, everything_D))
@@ -124,7 +138,7 @@ class Planner:
                 f"prepare.drop = {drop} drops all {len(dropped):,} training documents; use another kind of drop or a "
                 "larger prepare.drop_share"
             )
-        tokenizer, saw = self._tokenizer(division, set(dropped))
+        tokenizer, saw = self.tokenizer(division, set(dropped))
         reports = {
             "duplicates": {"within": same.within, "across": same.across},
             "leakage": leakage,
@@ -142,7 +156,8 @@ class Planner:
         write_file(self.folder / PLAN, json.dumps(value, sort_keys=True).encode())
         return Plan(division, tokenizer, saw, dropped, counts, reports)
 
-    def _divide(self) -> Division:
+    def divide(self) -> Division:
+        """Decide the split."""
         groups: Counter[int] = Counter()
         for block in self.found:
             groups.update({int(group): number for group, number in block.groups.items()})
@@ -153,7 +168,7 @@ class Planner:
         """`at`, or up to three bytes before it: where a UTF-8 character begins, if the text is UTF-8."""
         block = next(block for block in reversed(self.found) if block.start <= at)
         position = block.start
-        for raw in blocks.load(self.folder, block.number)[0]:
+        for raw in self._text(block.number):
             inside = at - position
             if inside < len(raw):
                 for back in range(min(4, inside + 1)):
@@ -222,7 +237,7 @@ class Planner:
         train = {"documents": counts["train"]["documents"], "documents_affected": sharing}
         return {"ngram": duplicates.NGRAM, "splits": splits, "train": train}, drop_D
 
-    def _tokenizer(self, division: Division, dropped: set[tuple[int, int]]) -> tuple[Tokenizer, dict[str, Any] | None]:
+    def tokenizer(self, division: Division, dropped: set[tuple[int, int]]) -> tuple[Tokenizer, dict[str, Any] | None]:
         """(tokenizer, which documents it was trained on; None if on none)."""
         config = self.config.tokenizer
         if config.path is not None:

@@ -135,18 +135,18 @@ def prepare(
     place = Workplace(out, config.model_dump(mode="json"))
     with friendly(out):
         if not force and place.is_made():
-            return _report(out, reused=True)
+            return report(out, reused=True)
         with place.locked(force=force):
             if not force and place.is_made():  # by another process, meanwhile
                 place.abandon()
-                return _report(out, reused=True)
+                return report(out, reused=True)
             if not place.is_complete():
                 with Workers(
                     processes or len(os.sched_getaffinity(0)), lock=place.lock, progress=progress or silent
                 ) as workers:
                     _prepare(config, place.partial, workers)
             place.publish()
-    return _report(out, reused=False)
+    return report(out, reused=False)
 
 
 def train_tokenizer(config: PrepareConfig, out: Path | str, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -160,13 +160,14 @@ def train_tokenizer(config: PrepareConfig, out: Path | str, *, progress: Progres
     with friendly(out), Workers(1, progress=progress or silent) as workers:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as folder:
-            found = _read(config, Path(folder), workers.progress)
+            found = read_source(config, Path(folder), workers.progress)
             tokenizer = Planner(config, Path(folder), found, workers).make().tokenizer
         tokenizer.save(out)
     return dict(tokenizer.recipe)
 
 
-def _report(path: Path, *, reused: bool) -> Prepared:
+def report(path: Path, *, reused: bool) -> Prepared:
+    """What is prepared in `path`."""
     from lmtrain.data.corpus import open_corpus  # needs torch, which the processes that prepare start without
 
     corpus = open_corpus(path)
@@ -176,19 +177,24 @@ def _report(path: Path, *, reused: bool) -> Prepared:
 def _prepare(config: PrepareConfig, folder: Path, workers: Workers) -> None:
     """All stages, in a folder that is held."""
     try:
-        found = _read(config, folder, workers.progress)
+        found = read_source(config, folder, workers.progress)
         planner = Planner(config, folder, found, workers)
         plan = planner.saved() or planner.make()
         threads = workers.processes if len(found) == 1 else 1  # a single block has the machine for itself
         tasks = [(folder, block, plan.division, plan.tokenizer.sha256, threads) for block in found]
         written = dict(workers.map("tokens", stages.encode, tasks, found))
-        _finish(config, folder, found, plan, [written[index] for index in range(len(found))])
+        write_manifest(config, folder, found, plan, [written[index] for index in range(len(found))])
     finally:
         stages.forget()
 
 
-def _read(config: PrepareConfig, folder: Path, progress: Progress) -> list[RawBlock]:
-    """Cut the source into blocks and keep them. If an earlier attempt read something else, nothing of it is kept."""
+def read_source(
+    config: PrepareConfig, folder: Path, progress: Progress, *, part: tuple[int, int] = (0, 1), keep_raw: bool = False
+) -> list[RawBlock]:
+    """Cut the source into blocks and keep them. If an earlier attempt read something else, nothing of it is kept.
+
+    part: (i, n): describe all blocks, keep those whose number is i modulo n. keep_raw: also those that are finished.
+    """
     done = 0
 
     def count(size: int) -> None:
@@ -201,24 +207,28 @@ def _read(config: PrepareConfig, folder: Path, progress: Progress) -> list[RawBl
     start = 0
     for raw, groups in blocks.cut(documents(config.source), config.block_bytes, read=count):
         block = blocks.describe(len(out), start, raw, groups)
-        before = blocks.kept(folder, block.number)
-        if before is not None and before != block:
-            break
-        is_raw = before is not None and blocks.raw_path(folder, block.number).exists()
-        if not is_raw and not (before is not None and finished_block(folder, block.number)):
-            blocks.keep(folder, block, raw, groups)
+        if block.number % part[1] == part[0]:
+            before = blocks.kept(folder, block.number)
+            if before is not None and before != block:
+                break
+            is_raw = before is not None and blocks.raw_path(folder, block.number).exists()
+            if not is_raw and (keep_raw or before is None or not finished_block(folder, block.number)):
+                blocks.keep(folder, block, raw, groups)
         out.append(block)
         start += block.bytes
-    if blocks.kept(folder, len(out)) is not None or planned_source(folder) not in (None, digest(out)):
+    more = range(len(out), len(out) + part[1])  # one of these numbers is the part's
+    if any(blocks.kept(folder, number) is not None for number in more) or (
+        planned_source(folder) not in (None, digest(out))
+    ):
         clear(folder)
-        return _read(config, folder, progress)
+        return read_source(config, folder, progress, part=part, keep_raw=keep_raw)
     if not out:
         raise CorpusError(f"the source {config.source.kind} gave no text; there is nothing to prepare")
     progress("read", done, done)
     return out
 
 
-def _finish(
+def write_manifest(
     config: PrepareConfig, folder: Path, found: list[RawBlock], plan: Plan, written: list[dict[str, Any]]
 ) -> None:
     """Write index and manifest."""

@@ -136,6 +136,7 @@ class PreparedSplit:
         extent_N = np.searchsorted(start_E, position_N, "right") - 1
         inside_N = (extent_N >= 0) & (extent_N < len(block_E))
         extent_N[~inside_N] = 0
+        inside_N &= self.corpus.is_local  # the files of others come piece by piece and have no map
         inside_N &= (start_E[extent_N] < position_N) & (position_N + context <= start_E[extent_N + 1])
         block_N = np.where(inside_N, block_E[extent_N], -1)
         return Rows(position_N, block_N.tolist(), (position_N + shift_E[extent_N]).tolist())
@@ -169,6 +170,16 @@ class PreparedSplit:
             cond=Cond(torch.from_numpy(start_B), self._first(position_B, context) if masking else None),
             position_B=torch.from_numpy(position_B),
         )
+
+    def want(self, index_N: np.ndarray, context: int) -> bool:
+        """Have what these rows lie in fetched beforehand, if it is remote; False when no more can be."""
+        size = self.corpus.dtype.itemsize
+        for position in (np.asarray(index_N, np.int64) * context).tolist():
+            start = max(position - 1, 0)
+            for block, offset, _, some in self._pieces(start, min(position + context, self.symbols) - start):
+                if not self.corpus.want(block, range(offset * size >> 20, ((offset + some) * size - 1 >> 20) + 1)):
+                    return False
+        return True
 
     def _ones(self, rows: int, context: int) -> torch.Tensor:
         """Weights of whole rows: one number, seen [B, T] times, so that nothing can be written into it."""

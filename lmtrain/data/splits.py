@@ -96,8 +96,9 @@ class Division:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Division:
-        """Inverse of `json`."""
-        return cls(value["kind"], value["splits"], tuple((int(at), int(group)) for at, group in value["cuts"]))
+        """Inverse of `json`, also where the keys were sorted meanwhile: their order counts."""
+        splits = {name: value["splits"][name] for name in NAMES if name in value["splits"]}
+        return cls(value["kind"], splits, tuple((int(at), int(group)) for at, group in value["cuts"]))
 
     @property
     def names(self) -> list[str]:

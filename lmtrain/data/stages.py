@@ -8,8 +8,12 @@ Shapes: D documents (rows) of a block, N n-grams, K distinct held-out n-grams of
 
 from __future__ import annotations
 
+import hashlib
+import io
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 
 from lmtrain.data import duplicates
 from lmtrain.data.blocks import RawBlock, load, raw_path
-from lmtrain.data.layout import BUCKETS, document_hash, smallest_dtype
+from lmtrain.data.layout import BUCKETS, canonical, document_hash, smallest_dtype, write_file
 from lmtrain.data.splits import Division
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.data.tokenizer import load as load_tokenizer
@@ -78,7 +82,13 @@ def rows(folder: Path, block: RawBlock, division: Division) -> Rows:
 
 
 def survey(folder: Path, block: RawBlock, division: Division, held_out: bool) -> Survey:
-    """Hash and count the documents; with `held_out` also gather the n-grams of those that are held out."""
+    """Hash and count the documents; with `held_out` also gather the n-grams of those that are held out.
+
+    What a part of a preparation has kept of the same survey is read instead.
+    """
+    before = kept_survey(folder, block, division, held_out)
+    if before is not None:
+        return before
     found = rows(folder, block, division)
     held: list[duplicates.U64] = []
     if held_out:
@@ -134,8 +144,44 @@ def affected(folder: Path, block: RawBlock, division: Division, held: str, found
     return [[int(value) for value in line] for line in out]
 
 
-def encode(folder: Path, block: RawBlock, division: Division, tokenizer_sha256: str, threads: int) -> dict[str, Any]:
-    """Write a block's tokens, unless they are there and whole; its raw documents are not needed any more then."""
+def survey_name(number: int) -> str:
+    """File of a block's survey, for parts of a preparation."""
+    return f"survey-{number:05d}.npz"
+
+
+def keep_survey(folder: Path, block: RawBlock, division: Division, held_out: bool) -> None:
+    """Survey a block and keep the result in the folder, unless it is there."""
+    if kept_survey(folder, block, division, held_out) is None:
+        found = survey(folder, block, division, held_out)
+        data = io.BytesIO()
+        arrays = {field.name: getattr(found, field.name) for field in fields(Survey)}
+        np.savez(data, allow_pickle=False, of=_survey_of(block, division, held_out), **arrays)
+        write_file(folder / survey_name(block.number), data.getvalue())
+
+
+def kept_survey(folder: Path, block: RawBlock, division: Division, held_out: bool) -> Survey | None:
+    """The survey of this block, division and kind that was kept; None when there is none."""
+    try:
+        with np.load(folder / survey_name(block.number), allow_pickle=False) as kept:
+            if kept["of"].tobytes() != _survey_of(block, division, held_out).tobytes():
+                return None
+            return Survey(**{field.name: kept[field.name] for field in fields(Survey)})
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return None
+
+
+def _survey_of(block: RawBlock, division: Division, held_out: bool) -> NDArray[np.uint8]:
+    of = canonical({"block": block.sha256, "start": block.start, "division": division.json(), "held_out": held_out})
+    return np.frombuffer(hashlib.sha256(of).digest(), np.uint8)
+
+
+def encode(
+    folder: Path, block: RawBlock, division: Division, tokenizer_sha256: str, threads: int, keep_raw: bool = False
+) -> dict[str, Any]:
+    """Write a block's tokens, unless they are there and whole.
+
+    keep_raw: leave its raw documents there; else they are not needed any more.
+    """
     info = finished_block(folder, block.number)
     if info is None:
         found = rows(folder, block, division)
@@ -150,7 +196,8 @@ def encode(folder: Path, block: RawBlock, division: Division, tokenizer_sha256: 
                 assert size == len(one), f"symbols of a document stand for {size} bytes, it has {len(one)}"
                 documents.append((one, ended, int(found.group_D[row]), duplicates.count_words(one)))
         info = write_block(folder, block.number, documents, dtype=dtype)
-    raw_path(folder, block.number).unlink(missing_ok=True)
+    if not keep_raw:
+        raw_path(folder, block.number).unlink(missing_ok=True)
     return info
 
 

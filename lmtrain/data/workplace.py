@@ -28,10 +28,14 @@ PATIENCE = 5.0
 
 
 class Workplace:
-    """The folders of one preparation. `recipe`: its settings as plain values."""
+    """The folders of one preparation. `recipe`: its settings as plain values.
 
-    def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
+    last: the file that is written last and has all others in `files`: a corpus's manifest, or that of a part.
+    """
+
+    def __init__(self, out: Path, recipe: Mapping[str, Any], *, last: str = MANIFEST) -> None:
         self.out = out
+        self.last = last
         self.partial = out.with_name(out.name + ".partial")
         self.recipe = dict(recipe)
         self.lock: int | None = None
@@ -53,7 +57,7 @@ class Workplace:
             return False
         if not self.out.is_dir():
             raise CorpusError(f"{self.out} is a file; wanted a folder for the corpus, new or empty")
-        if not (self.out / MANIFEST).exists():
+        if not (self.out / self.last).exists():
             raise CorpusError(f"{self.out} is a folder that holds no corpus; give a new or empty one")
         return True
 
@@ -108,7 +112,7 @@ class Workplace:
 
     def is_complete(self) -> bool:
         """Was everything written, and only the renaming left?"""
-        return (self.partial / MANIFEST).exists()
+        return (self.partial / self.last).exists()
 
     def abandon(self) -> None:
         """There is nothing to be done: leave no folder behind."""
@@ -116,7 +120,7 @@ class Workplace:
 
     def publish(self) -> None:
         """Remove what only the work needed, and rename the folder into place."""
-        names = set(json.loads((self.partial / MANIFEST).read_bytes())["files"]) | {MANIFEST, RECIPE}
+        names = set(json.loads((self.partial / self.last).read_bytes())["files"]) | {self.last, RECIPE}
         for path in sorted(self.partial.rglob("*"), reverse=True):
             if path.is_file() and str(path.relative_to(self.partial)) not in names:
                 path.unlink()
