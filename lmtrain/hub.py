@@ -22,13 +22,17 @@ LONGEST = 64 * 1024
 
 @dataclass(slots=True)
 class _Rank:
-    """What is known of one rank. `heard` is the time of its last sign of life, `aged` that of its last section."""
+    """What is known of one rank. `heard` is the time of its last sign of life, `entered` that of its last section.
+
+    `reached`: the sections that it entered, and whether it waits in a collective. Of two ranks in one section the one
+    that does not wait is behind.
+    """
 
     host: str
     pid: int
     heard: float
     entered: float
-    count: int = -1
+    reached: tuple[int, bool] = (-1, False)
     section: str = "start"
     stack: str = ""
     bye: bool = False
@@ -125,7 +129,8 @@ class Hub:
         one = self._ranks[guest.rank]
         one.heard = now
         if message["kind"] == "beat":
-            one.count, one.section, one.stack = int(message["count"]), str(message["section"]), str(message["stack"])
+            one.reached = int(message["count"]), bool(message["waits"])
+            one.section, one.stack = str(message["section"]), str(message["stack"])
             one.entered = now - float(message["seconds"])
         elif message["kind"] == "bye":
             one.bye = True
@@ -157,8 +162,8 @@ class Hub:
                 self._decide(absent[0], f"rank {absent[0]} of {self.world} has not come in {self.limit:.1f} s")
             return None
         if at_work:
-            last, behind = min(at_work.items(), key=lambda item: item[1].count)
-            held = [now - one.entered for one in at_work.values() if one.count > behind.count]
+            last, behind = min(at_work.items(), key=lambda item: item[1].reached)
+            held = [now - one.entered for one in at_work.values() if one.reached > behind.reached]
             stuck = now - behind.entered
             if held and max(held) > self.limit and stuck > self.limit:
                 return self._accuse(last, f"has made no progress for {stuck:.1f} s while others wait for it")

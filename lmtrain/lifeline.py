@@ -125,14 +125,15 @@ class Lifeline:
     def _show(self) -> None:
         """Signs of life."""
         while not self._left.is_set():
-            now = section.current()
+            now, stack = section.current(), self._stack()
             self._send(
                 {
                     "kind": "beat",
                     "count": now.entered,
                     "section": now.name,
                     "seconds": time.monotonic() - now.since,
-                    "stack": self._stack(),
+                    "waits": "torch/distributed/" in stack,
+                    "stack": stack,
                 }
             )
             self._each_beat()

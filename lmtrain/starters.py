@@ -70,7 +70,7 @@ def starters(process: psutil.Process) -> list[psutil.Process]:
     job = next((word for word in launcher.cmdline() if word.startswith("--world_info=")), None)
     for one in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if job is not None and one.name() == "pdsh" and job in one.cmdline():
+            if job is not None and one.name().startswith("pdsh") and job in one.cmdline():
                 above = one.parent()
                 found += [one] + ([above] if above is not None and above.pid > 1 else [])
     return found
