@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Ranks on several hosts, over ssh:
+# Ranks on several hosts, over ssh, with the bare launcher. `lmtrain launch --hostfile my-hostfile CONFIG` does the same
+# with checks beforehand, restarts, and safe ways for spaces, quotes, tokens and keys; it is what to use. This shows what
+# is left to you without it:
 #
 #   launch/multinode.sh my-hostfile configs/gpt-small-sotu.yaml engine.zero_stage=2
 #

@@ -61,12 +61,62 @@ def _print_json(value: Any) -> None:
 @app.command()
 def train(context: typer.Context, config: ConfigPath, overrides: Overrides = None) -> None:
     """Train, evaluating as it goes; go on from the newest valid checkpoint of the run folder."""
+    from lmtrain.launch import prefix, private
+
+    if os.environ.pop(prefix.VARIABLE, ""):
+        prefix.begin(os.environ.get("RANK", "?"))
+    private.take(os.environ, local_rank=context.obj["local_rank"])
+
     from lmtrain import place, run, schema
 
     where = place.find(os.environ, local_rank=context.obj["local_rank"])
     raise typer.Exit(
         run.train_run(schema.load(config, overrides or [], environment=os.environ), where, environment=os.environ)
     )
+
+
+@app.command()
+def launch(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path, typer.Option("--hostfile", "-H", help="`host slots=N`, a line a host")] = Path(
+        "hostfile"
+    ),
+    include: Annotated[str, typer.Option("--include", "-i", help="NAME[:SLOT,SLOT][@NAME...]: these alone")] = "",
+    exclude: Annotated[str, typer.Option("--exclude", "-e", help="NAME[:SLOT,SLOT][@NAME...]: all but these")] = "",
+    restarts: Annotated[int, typer.Option(min=0, max=1000, help="starts after a loss of ranks or hosts")] = 0,
+    interface: Annotated[str | None, typer.Option(help="network interface on which the ranks meet and talk")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="where they meet; default: a free one")] = None,
+    ssh_port: Annotated[int | None, typer.Option(min=1, max=65535, help="of the hosts' ssh")] = None,
+    ssh_config: Annotated[Path | None, typer.Option(help="a file like ~/.ssh/config")] = None,
+    check: Annotated[bool, typer.Option("--check", help="look the hosts over and start nothing")] = False,
+) -> None:
+    """Train on several hosts: look them over, then run the `deepspeed` command, again after a loss."""
+    from lmtrain.launch.launcher import Wish
+    from lmtrain.launch.launcher import launch as start
+
+    wish = Wish(
+        config=config,
+        overrides=tuple(overrides or ()),
+        hostfile=hostfile,
+        include=include,
+        exclude=exclude,
+        interface=interface,
+        port=port,
+        ssh_port=ssh_port,
+        ssh_config=ssh_config,
+        restarts=restarts,
+        check_only=check,
+    )
+    raise typer.Exit(start(wish, environment=os.environ))
+
+
+@app.command(hidden=True)
+def probe() -> None:
+    """What `launch` runs on each host: a request on stdin, the answer on stdout."""
+    from lmtrain.launch import probe as probing
+
+    print(probing.serve(sys.stdin.read(), environment=os.environ))
 
 
 @app.command()
@@ -288,7 +338,7 @@ def demo(
 
 def main() -> None:
     """Entry point: one line and an exit code for whatever the user can mend."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("JOB_COMPLETION_INDEX")
     try:
         app()
     except LmtrainError as error:

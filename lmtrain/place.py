@@ -1,7 +1,8 @@
 """Where this process stands among the ranks, read from the variables of whatever started it.
 
-Understood: `deepspeed` and `torchrun` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), `srun` (SLURM_*), and
-`mpirun` (OMPI_COMM_WORLD_*). Without any of them: one process.
+Understood: `deepspeed` and `torchrun` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), `srun` (SLURM_*),
+`mpirun` (OMPI_COMM_WORLD_*), and a pod of an Indexed Job (JOB_COMPLETION_INDEX, with WORLD_SIZE). Without any of them:
+one process.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _FAMILIES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("JOB_COMPLETION_INDEX", "WORLD_SIZE", "LOCAL_RANK"),
 )
 _FIRST_PORT, _PORTS = 20_000, 20_000
 """Where a port derived from a SLURM job id may lie: below the usual ephemeral range."""

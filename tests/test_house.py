@@ -365,7 +365,7 @@ def test_launch_files_pass_what_they_are_given(tmp_path: Path) -> None:
     assert run("multinode.sh", "none", "c.yaml")[0] != 0
     code, out = run("slurm.sbatch", "c.yaml", "a.b=1", SLURM_JOB_ID="7")
     assert code == errors.EXIT_STOPPED
-    assert out.splitlines()[0].startswith("srun --kill-on-bad-exit=1 python -m lmtrain train c.yaml a.b=1")
+    assert out.splitlines()[0].startswith("srun --label --kill-on-bad-exit=1 python -m lmtrain train c.yaml a.b=1")
     assert out.splitlines()[1].startswith("scontrol requeue 7")
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 6\n")
     assert run("slurm.sbatch", "c.yaml", SLURM_JOB_ID="7") == (6, "")
@@ -383,7 +383,14 @@ def test_the_kubernetes_job_agrees_with_itself_and_with_our_exit_codes() -> None
     assert pod["subdomain"] == service["metadata"]["name"]
     assert variables["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     codes = {r["action"]: r["onExitCodes"]["values"] for r in spec["podFailurePolicy"]["rules"] if "onExitCodes" in r}
-    assert codes == {"Ignore": [errors.EXIT_STOPPED], "FailJob": [errors.ConfigError.exit_code]}
+    failures = (
+        errors.ConfigError,
+        errors.CorpusError,
+        errors.CheckpointError,
+        errors.DivergenceError,
+        errors.InputError,
+    )
+    assert codes == {"Ignore": [errors.EXIT_STOPPED], "FailJob": [one.exit_code for one in failures]}
     assert pod["restartPolicy"] == "Never"
     assert container["command"][:4] == ["python", "-m", "lmtrain", "train"]
     assert (ROOT / container["command"][4]).is_file()

@@ -69,3 +69,12 @@ def test_half_set_variables():
 @pytest.mark.parametrize(("nodes", "host"), [("a1", "a1"), ("a1,b2", "a1"), ("n[01-04],m", "n01"), ("n[7,9]", "n7")])
 def test_first_host(nodes, host):
     assert first_host(nodes) == host
+
+
+def test_a_pod_of_an_indexed_job():
+    pod = {"JOB_COMPLETION_INDEX": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "lmtrain-0.lmtrain", "MASTER_PORT": "29500"}
+    assert find(pod) == Place(rank=1, world=2, local_rank=0, address="lmtrain-0.lmtrain", port=29500)
+    assert find({**pod, **TORCHRUN}).rank == 3
+    assert find({"JOB_COMPLETION_INDEX": "1"}) == Place()
+    with pytest.raises(EngineError, match="JOB_COMPLETION_INDEX = 2 and WORLD_SIZE = 2"):
+        find({**pod, "JOB_COMPLETION_INDEX": "2"})

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import resource
 import shutil
 import sys
@@ -24,7 +23,9 @@ from rich.table import Table
 
 from lmtrain import place
 from lmtrain.errors import ConfigError, EngineError
-from lmtrain.follower import environment_settings, is_secret, wandb_key
+from lmtrain.follower import environment_settings, wandb_key
+from lmtrain.launch import hostfile as hostfiles
+from lmtrain.launch import variables
 
 GIB = 1 << 30
 FREE_FAIL, FREE_WARN = 1 * GIB, 10 * GIB
@@ -199,41 +200,24 @@ def hosts(hostfile: Path | None, environment: Mapping[str, str]) -> Iterator[Fin
             return
         hostfile = LAUNCHER_HOSTFILE
     try:
-        lines = hostfile.read_text(encoding="utf-8").splitlines()
+        text = hostfile.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         advice = "the launcher takes a hostfile that is missing for one machine, without an error: give the right path"
         yield Finding("fail", "hostfile", f"{hostfile}: {reason}", advice)
         return
-    seen: dict[str, int] = {}
-    bad = 0
-    for number, line in enumerate(map(str.strip, lines), 1):
-        problem = advice = ""
-        if not line or line.startswith("#"):
-            continue
-        match = re.match(r"(\S+)\s+slots=(\d+)(\S*)", line)
-        if match is None or match[3]:
-            problem, advice = f"{line!r}", "write `host slots=N`, without spaces around ="
-        elif match[1].startswith("-"):
-            problem, advice = f"{match[1]!r} is an option of ssh, not a host", "remove the line: ssh would run it"
-        elif match[1] in seen:
-            problem, advice = f"{match[1]} stands in line {seen[match[1]]} too", "one line a host"
-        elif int(match[2]) == 0:
-            problem, advice = f"{match[1]} has no slots", "write slots=1 or more, or remove the line"
-        if match is not None:
-            seen.setdefault(match[1], number)
-        if problem:
-            bad += 1
-            yield Finding("fail", "hostfile", f"{hostfile} line {number}: {problem}", advice)
-    if not seen and not bad:
+    seen, faults = hostfiles.lint(text)
+    for fault in faults:
+        yield Finding("fail", "hostfile", f"{hostfile} line {fault.line}: {fault.problem}", fault.advice)
+    if not seen and not faults:
         yield Finding("fail", "hostfile", f"{hostfile} names no host", "write `host slots=N`, a line a host")
-    elif not bad:
+    elif not faults:
         yield Finding("ok", "hostfile", f"{hostfile}: {len(seen)} hosts")
-    local = {"localhost", "127.0.0.1"} & set(seen)
+    local = hostfiles.LOCAL_NAMES & set(seen)
     if local and len(seen) > 1:
         name = min(local)
         advice = "the others cannot reach it by that name; write the name they know it by"
-        yield Finding("warn", "hostfile", f"{hostfile} line {seen[name]}: {name} among other hosts", advice)
+        yield Finding("warn", "hostfile", f"{hostfile} line {seen[name][0]}: {name} among other hosts", advice)
     if len(seen) > 1:
         for program in ("ssh", "pdsh"):
             if shutil.which(program, path=environment.get("PATH", os.defpath)) is None:
@@ -243,28 +227,23 @@ def hosts(hostfile: Path | None, environment: Mapping[str, str]) -> Iterator[Fin
 
 def launcher_environment(environment: Mapping[str, str], folder: Path) -> Iterator[Finding]:
     """`.deepspeed_env`, in the home and the working folder: what the launcher gives to all hosts, and prints."""
-    name = environment.get("DS_ENV_FILE") or ".deepspeed_env"
-    places = [Path(environment.get("HOME") or Path.home()) / name, folder / name]
-    for path in dict.fromkeys(places):
+    name = environment.get(variables.FILE_VARIABLE) or variables.FILE
+    for path in variables.places(environment, folder):
         if not path.is_file():
             continue
         try:
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            text = path.read_text(encoding="utf-8", errors="replace")
         except OSError as error:
             yield Finding("fail", name, f"{path}: {error.strerror}", "the launcher stops at it; mend it or remove it")
             continue
         bad = 0
-        for number, line in enumerate(lines, 1):
-            key, sign, _ = line.partition("=")
-            if not sign or not key.strip() or line.lstrip().startswith("#"):
-                bad += 1
-                kind = "blank" if not line.strip() else "a comment" if line.lstrip().startswith("#") else "no KEY=VALUE"
-                found = f"{path} line {number} is {kind}"
-                yield Finding("fail", name, found, "remove the line: the launcher takes KEY=VALUE lines only")
-            elif is_secret(key.strip()):
-                bad += 1
-                advice = "the launcher prints every value; use a netrc file on each host instead"
-                yield Finding("warn", name, f"{path} line {number}: {key.strip()} looks like a secret", advice)
+        for fault in variables.lint(text):
+            bad += 1
+            yield Finding("fail", name, f"{path} line {fault.line} is {fault.problem}", fault.advice)
+        for number, key in variables.secret_lines(text):
+            bad += 1
+            advice = "the launcher prints every value; use a netrc file on each host, or lmtrain launch"
+            yield Finding("warn", name, f"{path} line {number}: {key} looks like a secret", advice)
         if not bad:
             yield Finding("ok", name, f"{path}")
 

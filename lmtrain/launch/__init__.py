@@ -1,0 +1,1 @@
+"""Starting a job on several hosts: `lmtrain launch`, a thin door before the `deepspeed` command."""
