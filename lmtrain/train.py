@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from pydantic import Field, model_validator
 
-from lmtrain import section
 from lmtrain.config import Config
 from lmtrain.errors import DivergenceError
 from lmtrain.protocol import Batch, Engine, Score
@@ -149,7 +148,6 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
         parts.store.save(engine, step=at.step, state={**parts.state, "progress": at.to_json()}, best=best, wait=wait)
 
     while at.step < parts.steps:
-        section.enter(f"batch of step {at.step + 1}")
         began = time.perf_counter()
         batches = parts.source.batch(at.step, engine.rank, engine.world)
         weight = parts.source.total_weight(at.step)

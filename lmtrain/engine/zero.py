@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lmtrain import section
 from lmtrain.engine import communication, microbatch, optimizer, pieces, rendezvous, stages
 from lmtrain.engine.ds_config import deepspeed_json
 from lmtrain.engine.optimizer import OptimizerConfig
@@ -100,7 +99,6 @@ class ZeroEngine:
 
     def step(self, batches: Sequence[Batch], *, total_weight: float, lr: float, step: int) -> StepReport:
         """One optimizer step; see protocol.Engine."""
-        section.enter(f"step {step + 1}")
         self.engine.train()
         nats = microbatch.Nats()
         for i, given in enumerate(batches):
@@ -145,7 +143,6 @@ class ZeroEngine:
         """float64 sum over ranks."""
         total = torch.from_numpy(np.array(values, dtype=np.float64))
         if self.control is not None:
-            section.enter("sum over ranks")
             with communication.CLOCK.blocking():
                 dist.all_reduce(total, group=self.control)
         out: np.ndarray = total.numpy()
@@ -155,7 +152,6 @@ class ZeroEngine:
         """The largest flag of any rank."""
         largest = torch.tensor([flag], dtype=torch.int64)
         if self.control is not None:
-            section.enter("agreement of ranks")
             with communication.CLOCK.blocking():
                 dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return int(largest)
