@@ -161,7 +161,7 @@ class Loader:
         self._ahead = max((each.shelf.ahead for each in corpora if isinstance(each, PreparedCorpus)), default=0)
         self._announced = 0
         self._layouts: dict[int, tuple[int, int]] = {}
-        self._kept: _Stretch | None = None
+        self._kept: tuple[_Stretch, ...] = ()
 
     def layout(self, world: int) -> tuple[int, int]:
         """(rows of a micro-batch, accumulation) on `world` ranks; ConfigError names the numbers that would do."""
@@ -206,18 +206,20 @@ class Loader:
         """The places of some steps, with `step` among them."""
         if step < 0:
             raise ConfigError(f"there is no step {step}; steps count from 0")
-        kept = self._kept
-        if kept is None or not kept.step <= step < kept.stop:
-            # A step that comes after those that are kept begins a long stretch, any other one a short one. Two threads
-            # may both come here; each then has what is right, and the later one's stays.
-            rows = self.config.global_batch
-            steps = max(1, (POSITIONS if kept is not None and step == kept.stop else POSITIONS_FIRST) // rows)
-            position_N = np.arange(step * rows, (step + steps) * rows, dtype=np.int64)
-            corpus_N, row_N = self._locate(position_N)
-            alone = self._splits[0] if len(self._splits) == 1 else None
-            found = alone.find(row_N, self.config.context) if isinstance(alone, PreparedSplit) else None
-            kept = self._kept = _Stretch(step, step + steps, corpus_N, row_N, found)
-        return kept
+        for kept in self._kept:
+            if kept.step <= step < kept.stop:
+                return kept
+        # A step that comes after those that are kept begins a long stretch, any other one a short one. Two threads may
+        # both come here; each then has what is right, and the later one's stays.
+        rows = self.config.global_batch
+        steps = max(1, (POSITIONS if any(step == kept.stop for kept in self._kept) else POSITIONS_FIRST) // rows)
+        corpus_N, row_N = self._locate(np.arange(step * rows, (step + steps) * rows, dtype=np.int64))
+        alone = self._splits[0] if len(self._splits) == 1 else None
+        found = alone.find(row_N, self.config.context) if isinstance(alone, PreparedSplit) else None
+        made = _Stretch(step, step + steps, corpus_N, row_N, found)
+        # The one before stays: while a thread reads step + 1, its caller asks for the weight of `step`.
+        self._kept = (made, *self._kept[:1])
+        return made
 
     def _locate(self, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if len(self._shuffles) == 1:
