@@ -191,9 +191,8 @@ class Tracker:
         row |= {"kind": "save", "perf/save_seconds": told["seconds"], "perf/save_blocked": told["blocked"]}
         if told["failed"] is None:
             row["perf/save_mb_per_s"] = told["bytes"] / 1e6 / max(told["writing"], 1e-9)
-            self._append(row)
-        else:
-            self._append(row)
+        self._append(row)
+        if told["failed"] is not None:
             self.alert("a checkpoint was not saved, training goes on", told["failed"])
 
     def log_load(self, told: Mapping[str, Any]) -> None:

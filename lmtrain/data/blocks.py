@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lmtrain.data.layout import write_file
 from lmtrain.data.splits import group_of
-from lmtrain.errors import CorpusError
+from lmtrain.errors import ConfigError, CorpusError
 
 Progress = Callable[[str, int, int | None], None]
 """Called as progress(stage, raw bytes done, raw bytes in all, or None while that is not known)."""
@@ -165,6 +165,13 @@ def _begin(lock: Any) -> None:
             os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def worker_count(processes: int) -> int:
+    """How many worker processes are meant: 0 is one a core. Raises ConfigError below that."""
+    if processes < 0:
+        raise ConfigError(f"processes = {processes}; wanted 1 or more, or 0 for one a core")
+    return processes or len(os.sched_getaffinity(0))
 
 
 class Workers:

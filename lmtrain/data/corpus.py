@@ -214,14 +214,13 @@ class PreparedCorpus:
         table = self._tables.get(block)
         if table is None:
             name = documents_name(block)
-            if not self.is_local:
-                table = np.frombuffer(self._small(name), DOCUMENT)
-            else:
+            if isinstance(self.shelf, LocalShelf):
                 self._check_size(name)
                 if name not in self._verified:
                     self._compare_sha256(name)
                 table = self.shelf.table(name, DOCUMENT) if self._files[name]["size"] else EMPTY
-            assert table is not None
+            else:
+                table = np.frombuffer(self._small(name), DOCUMENT)
             self._keep(self._tables, block, table)
         return table
 

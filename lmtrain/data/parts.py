@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.data import blocks, stages
-from lmtrain.data.blocks import Progress, RawBlock, Workers, silent
+from lmtrain.data.blocks import Progress, RawBlock, Workers, silent, worker_count
 from lmtrain.data.layout import MANIFEST, canonical, file_sha256, write_file
 from lmtrain.data.plan import Planner, digest, planned_source
 from lmtrain.data.prepare import PrepareConfig, Prepared, read_source, report, write_manifest
@@ -104,8 +104,7 @@ def prepare_part(
             f"--part {part} wants a tokenizer that is fixed beforehand, since no part sees all of the text; train it "
             "with `lmtrain tokenizer train` and give prepare.tokenizer.path"
         )
-    if processes < 0:
-        raise ConfigError(f"processes = {processes}; wanted 1 or more, or 0 for one a core")
+    processes = worker_count(processes)
     folder = part.folder(Path(out))
     place = Workplace(folder, config.model_dump(mode="json"), last=PART)
     with friendly(folder):
@@ -113,8 +112,7 @@ def prepare_part(
             return _described(folder, part, reused=True)
         with place.locked(force=force):
             if not place.is_complete():
-                number = processes or len(os.sched_getaffinity(0))
-                with Workers(number, lock=place.lock, progress=progress or silent) as workers:
+                with Workers(processes, lock=place.lock, progress=progress or silent) as workers:
                     _make(config, place.partial, part, workers)
             place.publish()
     return _described(folder, part, reused=False)
@@ -216,8 +214,7 @@ def merge(
     made otherwise than the others, or that is damaged.
     """
     out = Path(out)
-    if processes < 0:
-        raise ConfigError(f"processes = {processes}; wanted 1 or more, or 0 for one a core")
+    processes = worker_count(processes)
     place = Workplace(out, config.model_dump(mode="json"))
     with friendly(out):
         reused = not force and place.is_made()
@@ -225,8 +222,7 @@ def merge(
             parts = _parts(config, out)
             with place.locked(force=force):
                 if not place.is_complete():
-                    number = processes or len(os.sched_getaffinity(0))
-                    with Workers(number, lock=place.lock, progress=progress or silent) as workers:
+                    with Workers(processes, lock=place.lock, progress=progress or silent) as workers:
                         _merge(config, place.partial, parts, workers)
                 place.publish()
         shutil.rmtree(_together(out), ignore_errors=True)

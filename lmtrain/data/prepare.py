@@ -19,7 +19,6 @@ Documents without a byte are left out. Words are `len(raw.split())`: maximal run
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from pydantic import Field, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import blocks, stages
-from lmtrain.data.blocks import Progress, RawBlock, Workers, silent
+from lmtrain.data.blocks import Progress, RawBlock, Workers, silent, worker_count
 from lmtrain.data.layout import MANIFEST
 from lmtrain.data.plan import Plan, Planner, digest, planned_source
 from lmtrain.data.sources import SourceConfig, documents
@@ -130,8 +129,7 @@ def prepare(
     TokenizerError.
     """
     out = Path(out)
-    if processes < 0:
-        raise ConfigError(f"processes = {processes}; wanted 1 or more, or 0 for one a core")
+    processes = worker_count(processes)
     place = Workplace(out, config.model_dump(mode="json"))
     with friendly(out):
         if not force and place.is_made():
@@ -141,9 +139,7 @@ def prepare(
                 place.abandon()
                 return report(out, reused=True)
             if not place.is_complete():
-                with Workers(
-                    processes or len(os.sched_getaffinity(0)), lock=place.lock, progress=progress or silent
-                ) as workers:
+                with Workers(processes, lock=place.lock, progress=progress or silent) as workers:
                     _prepare(config, place.partial, workers)
             place.publish()
     return report(out, reused=False)

@@ -71,7 +71,7 @@ class LocalShelf:
         """A large file, read by position."""
         return CheckedFile(self._folder / name, size=size, checks=checks, touched=touched)
 
-    def table(self, name: str, dtype: np.dtype[Any]) -> np.ndarray | None:
+    def table(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """A file that was verified, as a memory map."""
         try:
             return np.memmap(self._folder / name, dtype, mode="r").view(np.ndarray)
@@ -123,10 +123,6 @@ class RemoteShelf:
     def open(self, name: str, *, size: int, checks: Callable[[], np.ndarray], touched: bytearray) -> RemoteFile:
         """A large file, read by position."""
         return RemoteFile(self.pieces, name, size=size, checks=checks, touched=touched)
-
-    def table(self, name: str, dtype: np.dtype[Any]) -> np.ndarray | None:
-        """None: nothing remote is mapped; `read` it."""
-        return None
 
     @contextmanager
     def folder(self, files: Mapping[str, bytes]) -> Iterator[Path]:

@@ -123,7 +123,7 @@ def _lines(text: str) -> list[str]:
 
 def places(environment: Mapping[str, str], folder: Path) -> list[Path]:
     """Where the launcher looks for a `.deepspeed_env` when it is started in `folder`; later ones win."""
-    name = environment.get("DS_ENV_FILE") or FILE
+    name = environment.get(FILE_VARIABLE) or FILE
     return list(dict.fromkeys([Path(environment.get("HOME") or Path.home()) / name, folder / name]))
 
 
