@@ -279,10 +279,12 @@ def test_the_process_is_a_fresh_one_with_the_standard_library_alone(tmp_path: Pa
     with (tmp_path / "open").open("w"):
         checkpoints = store(tmp_path / "saved")
         checkpoints.prepare(engine)
+        checkpoints.save(engine, step=1, state={}, wait=False)
+        checkpoints.attend(engine, wait=True)  # it has started, and has nothing to do: no file of its own comes or goes
         pid = process_of(checkpoints)
-        wait_until(lambda: b"scribe.py" in Path(f"/proc/{pid}/cmdline").read_bytes(), "it did not start")
+        assert b"scribe.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
         opened = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()]
-        assert sum("lmtrain-checkpoint" in name for name in opened) == 1
+        assert len({name for name in opened if "lmtrain-checkpoint" in name}) == 1  # the snapshot (and its mapping)
         assert not any(str(tmp_path) in name for name in opened)
         assert "libtorch" not in Path(f"/proc/{pid}/maps").read_text()
     checkpoints.close()

@@ -125,7 +125,13 @@ def workers(folder: Path) -> list[psutil.Process]:
 
 
 def nothing_left(folder: Path) -> bool:
-    return not workers(folder)
+    """No such process stays: one that was left behind by a killed trainer may take a while to end by itself."""
+    stop = time.monotonic() + 2 * PATIENCE
+    while workers(folder):
+        if time.monotonic() > stop:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def test_a_server_that_is_well_gets_everything_but_secrets(server: WandbServer, tmp_path: Path) -> None:
