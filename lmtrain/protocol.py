@@ -48,7 +48,7 @@ class Cond:
 class Batch:
     """A micro-batch of rows.
 
-    x_BT: int64 [B, T] symbols (padding: 0 with weight 0).
+    x_BT: int64 [B, T] symbols, or float32 [B, T] reals (padding: 0 with weight 0).
     weight_BT: float32 [B, T], non-negative; what each symbol counts in the loss and in the score.
     cond: the condition of the rows.
     index: index in the global batch of the micro-batch's first row; noise is seeded with it.
@@ -129,9 +129,9 @@ def _exp(x: float) -> float:
 class Spec:
     """What a model must know of the corpus and the rows it will read.
 
-    alphabet: V, the number of symbols. context: symbols a row. bos: id looked up as the start of a document (text: the
-    end symbol; records: V itself, a learned vector). grid: (height, width, channels) of an image record, else None.
-    labels: number of classes, 0 for none.
+    alphabet: V, the number of symbols; 0 when they are real numbers. context: symbols a row. bos: id looked up as the
+    start of a document (text: the end symbol; records: V itself, a learned vector). grid: (height, width, channels) of
+    an image record, else None. labels: number of classes, 0 for none.
     """
 
     alphabet: int
@@ -156,18 +156,18 @@ class Place:
 
 
 class Distribution(Protocol):
-    """The next symbol's distribution for each of B rows."""
+    """The next symbol's distribution for each of B rows: a pmf over V symbols, or a density of a real number."""
 
     def log_pmf(self) -> Tensor:
-        """float32 [B, V]: exact log-probability of every symbol."""
+        """float32 [B, V]: exact log-probability of every symbol. InputError for a density."""
         ...
 
     def log_prob(self, x_B: Tensor) -> Tensor:
-        """float32 [B] log p(x_B) in nats."""
+        """float32 [B] log p(x_B) in nats (of a density: its logarithm)."""
         ...
 
     def sample(self, noise_B: Tensor) -> Tensor:
-        """int64 [B]: the symbol at quantile `noise_B` (float64 in [0, 1)) of each row's distribution."""
+        """int64 or float32 [B]: the value at quantile `noise_B` (float64 in [0, 1)) of each row's distribution."""
         ...
 
 
@@ -190,9 +190,12 @@ class Model(nn.Module):
     a weight only inside the forward of the module that owns it.
 
     context: how many inputs (the start symbol included) it can read; None = unbounded.
+    order: the positions of a row in the order in which the model takes them; None = as they stand. log p(x_t) depends
+        on the positions before t in that order; a stream answers and is pushed in it.
     """
 
     context: int | None = None
+    order: tuple[int, ...] | None = None
 
     def forward(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
         """logp_BT float32: log p(x_t | x_<t, cond) in nats."""
@@ -201,6 +204,10 @@ class Model(nn.Module):
     def predict(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
         """The head's parameters [B, T, ...]; those at t depend on x_<t and cond alone."""
         raise TypeError(f"{type(self).__name__} does not define predict")
+
+    def distribution(self, params_B: Tensor) -> Distribution:
+        """The distribution of one symbol, of what `predict` says at its position: [B, ...]."""
+        raise TypeError(f"{type(self).__name__} does not define distribution")
 
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream over `batch` rows. The default recomputes the prefix."""
@@ -223,6 +230,15 @@ class Carries(Protocol):
 
     def carry(self, x_BT: Tensor, *, cond: Cond, state: Any) -> tuple[Tensor, Any]:
         """(logp_BT, state after the row); `state` None starts at zero and reads `cond.start_B` first."""
+        ...
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """A model that draws whole rows in its own way, having no stream: a mixture of orderings, say."""
+
+    def draw(self, noise_BN: Tensor, *, cond: Cond) -> Tensor:
+        """x_BT of noise float64 [B, T + 1] in [0, 1): one number to choose how, and one a symbol."""
         ...
 
 

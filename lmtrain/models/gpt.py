@@ -246,6 +246,10 @@ class GPT(Model):
         out: Tensor = self(x_BT, cond=cond, want="logits")
         return out
 
+    def distribution(self, params_B: Tensor) -> Distribution:
+        """Categorical, of logits [B, V]."""
+        return Categorical(params_B)
+
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream with a key-value cache."""
         cache = KeyValueCache(self.config.layers)

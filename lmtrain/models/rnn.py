@@ -122,6 +122,10 @@ class RNN(Model):
         out: Tensor = self(x_BT, cond=cond, want="logits")
         return out
 
+    def distribution(self, params_B: Tensor) -> Distribution:
+        """Categorical, of logits [B, V]."""
+        return Categorical(params_B)
+
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream that keeps the recurrent state."""
         state = State()

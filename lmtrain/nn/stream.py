@@ -45,7 +45,8 @@ class _Reading(Stream):
             if self._context is not None and self._inputs > self._context:
                 raise self._full()
             with torch.no_grad():
-                self._answer = self._read(torch.stack(self._unread, dim=1))
+                like = self._unread[-1].dtype  # reals may follow a start symbol, which is a number of the alphabet
+                self._answer = self._read(torch.stack([x_B.to(like) for x_B in self._unread], dim=1))
             self._unread = []
         return self._answer
 
@@ -83,15 +84,26 @@ class CachedStream(_Reading):
 
 
 class RecomputingStream(_Reading):
-    """A stream for any model with `predict`: reads the whole prefix again each time. Slow, right, the oracle."""
+    """A stream for any model with `predict`: reads the whole prefix again each time. Slow, right, the oracle.
 
-    def __init__(self, model: Model, head: Callable[[Tensor], Distribution], batch: int, *, cond: Cond) -> None:
+    length: T, for a model that reads whole rows alone (what is not known yet is 0 there); symbols are pushed in
+    `model.order`. None: the prefix is read as it grows.
+    """
+
+    def __init__(self, model: Model, batch: int, *, cond: Cond, length: int | None = None) -> None:
         super().__init__(batch, cond=cond, context=model.context)
-        self._model, self._head, self._cond = model, head, cond
+        self._model, self._cond = model, cond
         self._prefix: list[Tensor] = []
+        self._length = length
 
     def _read(self, in_Bn: Tensor) -> Distribution:
         self._prefix.extend(in_Bn.unbind(dim=1))
-        # Parameters at t depend on x_<t alone, so what stands at the last place does not matter.
-        x_BT = torch.stack([*self._prefix[1:], torch.zeros_like(self._prefix[0])], dim=1)
-        return self._head(self._model.predict(x_BT, cond=self._cond)[:, -1])
+        known = self._prefix[1:]  # without the start symbol, which is in `cond`
+        # Parameters at t depend on x_<t alone, so what stands at t and later does not matter.
+        count = len(known) + 1 if self._length is None else self._length
+        first = known[0] if known else self._prefix[0]
+        x_BT = torch.zeros(len(first), count, dtype=first.dtype, device=first.device)
+        order = self._model.order or range(count)
+        for place, x_B in zip(order, known, strict=False):
+            x_BT[:, place] = x_B
+        return self._model.distribution(self._model.predict(x_BT, cond=self._cond)[:, order[len(known)]])

@@ -90,7 +90,7 @@ def test_log_probabilities_are_those_of_predict(case: Case):
     assert out_BT.dtype == torch.float32
     assert out_BT.shape == x_BT.shape
     for t in range(case.spec.context):
-        distribution = Categorical(predict(model, x_BT, cond)[:, t])
+        distribution = model.distribution(predict(model, x_BT, cond)[:, t])
         torch.testing.assert_close(distribution.log_prob(x_BT[:, t]), out_BT[:, t], atol=1e-5, rtol=0)
 
 
@@ -196,7 +196,7 @@ def test_stream_is_forward(case: Case):
     model = case.build()
     x_BT, cond = case.rows(8, seed=5)
     pmf_BTV = torch.log_softmax(predict(model, x_BT, cond), dim=-1)
-    streams = [model.stream(8, cond=cond), RecomputingStream(model, Categorical, 8, cond=cond)]
+    streams = [model.stream(8, cond=cond), RecomputingStream(model, 8, cond=cond)]
     for stream in streams:
         for t in range(case.spec.context):
             got = stream.distribution()
@@ -217,7 +217,7 @@ def test_stream_is_forward(case: Case):
 def test_a_stream_refuses_to_read_past_its_context(case: Case):
     model = case.build()
     x_BT, cond = case.rows(2, seed=6)
-    for stream in (model.stream(2, cond=cond), RecomputingStream(model, Categorical, 2, cond=cond)):
+    for stream in (model.stream(2, cond=cond), RecomputingStream(model, 2, cond=cond)):
         if model.context is None:
             for _ in range(3 * case.spec.context):
                 stream.push(x_BT[:, 0])
