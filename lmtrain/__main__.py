@@ -132,12 +132,12 @@ def prepare(
     as_json: AsJson = False,
 ) -> None:
     """Make the corpus `data.corpus` of a config from its `prepare` section: tokens in shards, with a fingerprint."""
-    from lmtrain import run, schema
+    from lmtrain import corpora, schema
 
     if part is not None and merge:
         raise InputError("--part and --merge are both given; make all parts first, then merge them")
     settings = schema.load(config, overrides or [])
-    report = run.prepare_corpus(settings, processes=processes, force=force, part=part, merge=merge)
+    report = corpora.prepare_corpus(settings, processes=processes, force=force, part=part, merge=merge)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -154,9 +154,9 @@ def tokenizer_train(
     as_json: AsJson = False,
 ) -> None:
     """Train the tokenizer that a config's `prepare` section describes, on the train split alone."""
-    from lmtrain import run, schema
+    from lmtrain import corpora, schema
 
-    recipe = run.train_tokenizer(schema.load(config, overrides or []), out)
+    recipe = corpora.train_tokenizer(schema.load(config, overrides or []), out)
     if as_json:
         _print_json(recipe)
     else:
@@ -209,26 +209,98 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="keep the likeliest symbols of this total probability")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same samples")] = 0,
     log_prob: Annotated[bool, typer.Option("--log-prob", help="each sample's log-probability under the model")] = False,
+    label: Annotated[
+        int | None, typer.Option("--label", min=0, help="records: the class; default: all in turn")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="images: the PNG; default: in the run folder")] = None,
     checkpoint: Which = "last",
     as_json: AsJson = False,
 ) -> None:
-    """Draw from the model, or let it go on from a prompt."""
-    from lmtrain import use
+    """Draw from the model: text that goes on from a prompt, a sheet of images, or rows of a table."""
+    from lmtrain import seeing, use
 
     raw = _prompt(prompt, prompt_file)
     limits = {"n": n, "max_symbols": max_symbols, "seed": seed}
     settings = {**limits, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    samples = use.sample_run(
-        folder, checkpoint=checkpoint, prompt=raw, settings=settings, stream=not as_json and n == 1
-    )
+    opened = use.open_run(folder, checkpoint=checkpoint)
+    if opened.corpus.record is not None:
+        if raw:
+            raise InputError(f"--prompt is for text, and {folder} reads {opened.corpus.unit}s; see lmtrain complete")
+        samples = seeing.sample_records(opened, folder, settings=settings, label=label, out=out)
+    else:
+        samples = use.sample_run(opened, prompt=raw, settings=settings, stream=not as_json and n == 1)
     if as_json:
         _print_json(samples)
+        return
+    if opened.corpus.record is not None:
+        _show_records(samples, log_prob=log_prob)
         return
     for number, one in enumerate(samples):
         if n > 1:
             print(f"--- {number + 1} ---\n{one['text']}")
         if log_prob:
             print(f"log p = {one['log_prob']:.4f} nats over {one['symbols']} symbols")
+
+
+def _show_records(samples: list[dict[str, Any]], *, log_prob: bool) -> None:
+    for one in samples:
+        label = "" if one["label"] is None else f"  class {one['label']}"
+        nats = f"log p = {one['log_prob']:.4f} nats" if log_prob else ""
+        values = "" if one["picture"] else " ".join(f"{value:.6g}" for value in one["values"])
+        if line := "  ".join(part for part in (values, nats) if part):
+            print(line + label)
+    if samples[0]["picture"]:
+        print(samples[0]["picture"])
+
+
+@app.command()
+def complete(
+    folder: RunPath,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="an image of the size that the run reads")],
+    mask: Annotated[Path | None, typer.Option("--mask", help="an image: white is given, black is filled in")] = None,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="without a mask: the upper share of rows given")] = 0.5,
+    n: Annotated[int, typer.Option("-n", min=1, help="how many completions")] = 7,
+    temperature: Annotated[float, typer.Option(help="1 = the model's own distribution")] = 1.0,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same completions")] = 0,
+    label: Annotated[int | None, typer.Option("--label", min=0, help="the class, for a model that is told one")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the PNG; default: in the run folder")] = None,
+    checkpoint: Which = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Fill in a part of an image; what is given stays as it is."""
+    from lmtrain import seeing
+
+    settings = {"n": n, "temperature": temperature, "seed": seed}
+    told = seeing.complete_run(
+        folder, image, mask=mask, keep=keep, settings=settings, checkpoint=checkpoint, label=label, out=out
+    )
+    if as_json:
+        _print_json(told)
+    else:
+        print(f"{told['filled']} of {told['filled'] + told['given']} symbols filled in, {n} times: {told['picture']}")
+
+
+@app.command()
+def bits(
+    folder: RunPath,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="default: of a split")] = None,
+    split: Annotated[str, typer.Option("--split", "-s", help="without images: of this split")] = "valid",
+    n: Annotated[int, typer.Option("-n", min=1, help="how many of the split")] = 16,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the PNG; default: in the run folder")] = None,
+    checkpoint: Which = "last",
+    as_json: AsJson = False,
+) -> None:
+    """Map what each pixel costs, in bits: a picture of images, each beside its map."""
+    from lmtrain import seeing
+
+    told = seeing.bits_run(folder, files or [], split=split, n=n, checkpoint=checkpoint, out=out)
+    if as_json:
+        _print_json(told)
+    else:
+        print(
+            f"{len(told['bits'])} images, {told['bits_per_dim']:.4f} bits per dim; black is 0 bits, white "
+            f"{told['white_is_bits']:.2f} and more: {told['picture']}"
+        )
 
 
 def _prompt(text: str | None, path: Path | None) -> bytes:

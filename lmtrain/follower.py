@@ -12,6 +12,7 @@ import math
 import netrc
 import os
 import re
+import secrets
 import select
 import shlex
 import signal
@@ -30,6 +31,7 @@ from pydantic import Field
 from lmtrain.config import Config
 from lmtrain.errors import ConfigError
 
+IDENTITY = "wandb.json"
 FOLDER = "wandb"
 """Below the run folder; W&B itself calls it so."""
 REMOVED = "<removed>"
@@ -295,3 +297,48 @@ def _end(process: subprocess.Popen[bytes], pid: int | None) -> None:
         if pipe is not None:
             with contextlib.suppress(OSError):  # what was left to send has no reader any more
                 pipe.close()
+
+
+def job(folder: Path, config: WandbConfig, environment: Mapping[str, str], *, offset: int) -> dict[str, Any]:
+    """What the W&B process needs to know: who the run is, where its rows are and which of them are old."""
+    place = folder.resolve()
+    settings = {
+        "init_timeout": config.timeout,
+        "finish_timeout": config.timeout,
+        "finish_timeout_raises": True,
+        "console": "off",
+        "silent": True,
+        "disable_code": True,
+        "program": "lmtrain",
+        "x_stats_pid": os.getpid(),
+    }
+    return {
+        "folder": str(place),
+        "offset": offset,
+        "parent": os.getpid(),
+        "id": _identity(place / IDENTITY, environment),
+        "project": config.project or "lmtrain",
+        "entity": config.entity,
+        "name": config.name or place.name,
+        "group": config.group,
+        "tags": list(config.tags) or None,
+        "dir": None if environment.get("WANDB_DIR") else str(place),
+        "settings": {k: v for k, v in settings.items() if not environment.get(f"WANDB_{k.upper()}")},
+    }
+
+
+def _identity(path: Path, environment: Mapping[str, str]) -> str:
+    """The W&B id of the run in this folder, stored for the next start: WANDB_RUN_ID, the stored one, or a new one."""
+    stored = None
+    if path.exists():
+        try:
+            stored = str(json.loads(path.read_text())["id"])
+        except (ValueError, KeyError, TypeError):
+            stored = None  # a torn file: the run shows up under a new id, its rows are all sent again
+    chosen = environment.get("WANDB_RUN_ID") or stored or secrets.token_hex(4)
+    if chosen != stored:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(path.name + ".tmp")
+        new.write_text(json.dumps({"id": chosen}) + "\n")
+        new.replace(path)
+    return chosen

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, appended and flushed. It is the truth of a run; everything else follows it.
 
-Every row has `step` (optimizer steps done), `kind` (start, train, eval, samples, alert, preempting, finish) and `time`
-(Unix seconds). A number that is not finite is written as null: the file is strict JSON.
+Every row has `step` (optimizer steps done), `kind` (start, train, eval, samples, picture, alert, preempting,
+finish) and `time` (Unix seconds). A number that is not finite is written as null: the file is strict JSON.
 
 A run that resumes at step s does the steps after s again. Their rows of the first attempt are moved to
 `metrics.abandoned.jsonl`, so that no step stands twice in metrics.jsonl and nothing that was measured is lost. A line

@@ -7,33 +7,24 @@ import importlib.metadata
 import os
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmtrain import engine as engines
 from lmtrain import hardware, models, stopping
 from lmtrain.checkpoint import Checkpoints
 from lmtrain.config import dump
-from lmtrain.data import parts as in_parts
-from lmtrain.data import prepare as preparing
-from lmtrain.data.corpus import open_corpus
+from lmtrain.corpora import bytes_per_symbol, corpora_for, fit_of, say, seen, spec_of
 from lmtrain.data.loader import Loader, compare_order
-from lmtrain.data.remote import is_url
-from lmtrain.data.view import Fit, View, view_of
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError
 from lmtrain.fleet import Fleet
-from lmtrain.inference import sample as sampling
-from lmtrain.inference import score
-from lmtrain.inference.result import Result
+from lmtrain.heldout import evaluate_sets, log_samples
 from lmtrain.profiling import Profile
-from lmtrain.protocol import Corpus, Engine, Model, Place, Spec
+from lmtrain.protocol import Corpus, Engine, Model, Place
 from lmtrain.schema import RunConfig, need_train
 from lmtrain.tracker import Tracker
 from lmtrain.train import Parts, train
@@ -42,15 +33,6 @@ from lmtrain.train import Progress as Standing
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
-SAMPLE_SYMBOLS = 128
-"""Longest sample of the table at the end of a run."""
-_PATIENCE = 0.5
-"""Seconds between two looks at a corpus that another rank is preparing."""
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]) -> int:
@@ -151,108 +133,6 @@ def generated_json(config: RunConfig, *, world: int) -> dict[str, Any] | None:
 def _peak(config: RunConfig, engine: Engine) -> hardware.Peak:
     one = hardware.peak(engine.device, precision=config.engine.precision)
     return hardware.Peak(one.flops * engine.world, one.meaning)
-
-
-# ---- corpora ---------------------------------------------------------------------------------------------------------
-
-
-def prepare_corpus(
-    config: RunConfig, *, processes: int = 0, force: bool = False, part: str | None = None, merge: bool = False
-) -> preparing.Prepared | in_parts.PreparedPart:
-    """Make `data.corpus` as the config's `prepare` section says; a corpus made so already is left as it is.
-
-    part: `i/n`, only the blocks i modulo n of it. merge: put it together from its parts.
-    """
-    if config.prepare is None:
-        raise ConfigError("prepare is not given; say at least prepare.source.kind")
-    out = config.data.corpus
-    if isinstance(out, str) and is_url(out):
-        raise ConfigError(f"data.corpus = {out} is a URL; prepare into a folder and copy it there")
-    if not isinstance(out, str):
-        raise ConfigError("data.corpus is a mixture; prepare its corpora one by one, each with its own config")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(), transient=True, disable=not sys.stderr.isatty()) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        if part is not None:
-            mine = in_parts.Part.parse(part)
-            return in_parts.prepare_part(
-                config.prepare, Path(out), mine, processes=processes, progress=progress, force=force
-            )
-        make = in_parts.merge if merge else preparing.prepare
-        return make(config.prepare, Path(out), processes=processes, progress=progress, force=force)
-
-
-def train_tokenizer(config: RunConfig, out: Path) -> dict[str, Any]:
-    """Train the tokenizer that `prepare` would train, save it in the folder `out`, and return its recipe."""
-    if config.prepare is None:
-        raise ConfigError("prepare is not given; say at least prepare.source.kind")
-    return preparing.train_tokenizer(config.prepare, out)
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def corpora_for(config: RunConfig, place: Place) -> list[Corpus]:
-    """The corpora of `data.corpus`, opened; a missing one is prepared first when the config says how."""
-    names = [share.path for share in config.data.shares]
-    paths = [Path(name) for name in names if not is_url(name)]
-    if len(names) == len(paths) == 1 and config.prepare is not None and not (paths[0] / "manifest.json").exists():
-        if place.rank == 0:
-            say(f"{paths[0]} is not there yet; preparing it")
-            say(prepare_corpus(config).describe())
-        else:
-            while not (paths[0] / "manifest.json").exists():
-                time.sleep(_PATIENCE)
-    return [open_corpus(name, remote=config.data.remote, note=say) for name in names]
-
-
-def seen(
-    config: RunConfig, corpora: Sequence[Corpus], *, stored: Mapping[str, Any] | None = None
-) -> tuple[RunConfig, list[Corpus]]:
-    """The corpora through `data.view`, and the config with `data.context` filled in. stored: a checkpoint's fit."""
-    fit = None if stored is None else Fit.from_json(stored)
-    weights = [share.weight for share in config.data.shares]
-    views = view_of(corpora, config.data.view, weights=weights, fit=fit)
-    data = config.data.model_copy(update={"context": config.data.row_length(corpora[0])})
-    return config.model_copy(update={"data": data}), views
-
-
-def fit_of(corpus: Corpus) -> dict[str, Any] | None:
-    """What was fitted on the train split, for the checkpoint; None where nothing is."""
-    return corpus.fit.to_json() if isinstance(corpus, View) and corpus.fit is not None else None
-
-
-def alike(corpus: Corpus, own: Corpus) -> Corpus:
-    """Another corpus, seen as the run's own."""
-    return View(corpus, own.config, fit=own.fit) if isinstance(own, View) else corpus
-
-
-def spec_of(corpus: Corpus, config: RunConfig) -> Spec:
-    """What the model must know of a corpus."""
-    return Spec(
-        alphabet=corpus.alphabet,
-        context=config.data.row_length(corpus),
-        bos=corpus.bos,
-        grid=corpus.grid,
-        labels=corpus.labels,
-    )
-
-
-def bytes_per_symbol(corpus: Corpus) -> float:
-    """The training split's mean, so that the console can show bits per byte; 0 where there are no bytes."""
-    counts = corpus.manifest["counts"]["train"]
-    if corpus.record is not None:
-        return 0.0
-    return counts["bytes"] / counts["symbols"] if counts["symbols"] else 0.0
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------
@@ -369,57 +249,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()
-
-
-# ---- held-out sets ---------------------------------------------------------------------------------------------------
-
-
-def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, Result]:
-    """Every set of `eval.sets`, in order."""
-    results = {}
-    with engine.evaluating() as model:
-        for name, chosen in config.eval.sets.items():
-            corpus = own
-            if chosen.corpus is not None:
-                corpus = alike(open_corpus(chosen.corpus, remote=config.data.remote, note=say), own)
-            require_same_symbols(corpus, own, what=f"eval.sets.{name}.corpus")
-            results[name] = score.evaluate(
-                model,
-                corpus.split(chosen.split),
-                corpus,
-                config=config.eval,
-                context=config.data.row_length(corpus),
-                name=name,
-                masking=config.data.document_masking,
-                rank=engine.rank,
-                world=engine.world,
-                add=engine.add,
-                device=engine.device,
-            )
-    return results
-
-
-def log_samples(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Tracker, *, step: int) -> None:
-    """A few samples into the run's table. Every rank draws the same ones: under ZeRO-3 all must make the same calls."""
-    assert config.train is not None
-    if corpus.record is not None:
-        return
-    settings = sampling.SampleConfig(n=config.train.samples, max_symbols=SAMPLE_SYMBOLS, seed=config.train.seed)
-    with engine.evaluating() as model:
-        drawn = sampling.sample(model, config=settings, start=corpus.bos, end=corpus.bos, device=engine.device)
-    texts = [corpus.decode(one.symbols.tolist()).decode("utf-8", "replace") for one in drawn]
-    rows = [[one.index, text, one.scored, one.log_prob] for one, text in zip(drawn, texts, strict=True)]
-    tracker.samples(["sample", "text", "symbols", "log_prob"], rows, step=step)
-
-
-def require_same_symbols(corpus: Corpus, own: Corpus, *, what: str) -> None:
-    """Refuse a corpus whose symbols are not those that the model was trained on."""
-    if corpus.meaning != own.meaning:
-        if corpus.record is not None or own.record is not None:
-            raise ConfigError(
-                f"{what} = {corpus.path} is {corpus.meaning}, and {own.path} is {own.meaning}; prepare it alike"
-            )
-        raise ConfigError(
-            f"{what} = {corpus.path} was prepared with another tokenizer than {own.path}; "
-            "prepare it with prepare.tokenizer.path set to the run's tokenizer"
-        )

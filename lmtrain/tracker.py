@@ -14,7 +14,6 @@ import json
 import math
 import os
 import queue
-import secrets
 import signal
 import sys
 import threading
@@ -28,15 +27,24 @@ import psutil
 
 from lmtrain.console import Console
 from lmtrain.errors import EXIT_STOPPED
-from lmtrain.follower import FOLDER, Follower, WandbConfig, environment_settings, resolve_mode, scrub, secrets_in
+from lmtrain.follower import (
+    FOLDER,
+    IDENTITY,
+    Follower,
+    WandbConfig,
+    environment_settings,
+    job,
+    resolve_mode,
+    scrub,
+    secrets_in,
+)
 from lmtrain.journal import METRICS, Journal, Tail, strict
 
 if TYPE_CHECKING:
     from lmtrain.hardware import Peak
 
-__all__ = ["Tracker", "WandbConfig", "environment_settings"]
+__all__ = ["IDENTITY", "Tracker", "WandbConfig", "environment_settings"]
 
-IDENTITY = "wandb.json"
 STOP_FILE = "STOP"
 URGENT_SECONDS = 8.0
 """What W&B may take to finish when the run was asked to stop: those who ask kill half a minute later."""
@@ -108,9 +116,9 @@ class Tracker:
         if mode == "disabled":
             return
         everything = {**config, "deepspeed": deepspeed, "facts": facts}
-        job = _job(self._folder, self._config, self._environment, offset=self._journal.size)
+        told = job(self._folder, self._config, self._environment, offset=self._journal.size)
         self._follower = Follower(
-            {**job, "config": scrub(strict(everything), hidden)},
+            {**told, "config": scrub(strict(everything), hidden)},
             mode=mode,
             environment=self._environment,
             timeout=self._config.timeout,
@@ -212,6 +220,11 @@ class Tracker:
         """A table of samples."""
         self._append({"kind": "samples", "step": step, "columns": list(columns), "rows": [list(r) for r in rows]})
 
+    def picture(self, path: Path, *, caption: str, step: int) -> None:
+        """An image file in the run folder."""
+        row = {"kind": "picture", "step": step, "path": str(path.relative_to(self._folder)), "caption": caption}
+        self._append(row)
+
     def ranks(self, table: Mapping[str, Any], *, step: int) -> None:
         """How every rank fares: `columns`, `rows` and what was made of them (lmtrain.fleet)."""
         self._append({"kind": "ranks", "step": step, **table})
@@ -255,51 +268,6 @@ class Tracker:
         if self._journal is not None:
             self._step = max(self._step, row["step"])
             self._journal.append(row, durable=durable)
-
-
-def _job(folder: Path, config: WandbConfig, environment: Mapping[str, str], *, offset: int) -> dict[str, Any]:
-    """What the W&B process needs to know: who the run is, where its rows are and which of them are old."""
-    place = folder.resolve()
-    settings = {
-        "init_timeout": config.timeout,
-        "finish_timeout": config.timeout,
-        "finish_timeout_raises": True,
-        "console": "off",
-        "silent": True,
-        "disable_code": True,
-        "program": "lmtrain",
-        "x_stats_pid": os.getpid(),
-    }
-    return {
-        "folder": str(place),
-        "offset": offset,
-        "parent": os.getpid(),
-        "id": _identity(place / IDENTITY, environment),
-        "project": config.project or "lmtrain",
-        "entity": config.entity,
-        "name": config.name or place.name,
-        "group": config.group,
-        "tags": list(config.tags) or None,
-        "dir": None if environment.get("WANDB_DIR") else str(place),
-        "settings": {k: v for k, v in settings.items() if not environment.get(f"WANDB_{k.upper()}")},
-    }
-
-
-def _identity(path: Path, environment: Mapping[str, str]) -> str:
-    """The W&B id of the run in this folder, stored for the next start: WANDB_RUN_ID, the stored one, or a new one."""
-    stored = None
-    if path.exists():
-        try:
-            stored = str(json.loads(path.read_text())["id"])
-        except (ValueError, KeyError, TypeError):
-            stored = None  # a torn file: the run shows up under a new id, its rows are all sent again
-    chosen = environment.get("WANDB_RUN_ID") or stored or secrets.token_hex(4)
-    if chosen != stored:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".tmp")
-        new.write_text(json.dumps({"id": chosen}) + "\n")
-        new.replace(path)
-    return chosen
 
 
 # ---------------------------------------------------------------------- below: the W&B process, and nothing else
@@ -363,7 +331,7 @@ def _open(job: Mapping[str, Any], tell: Callable[..., None]) -> Any:
     )
     run.define_metric("step", hidden=True)
     run.define_metric("train/tokens", step_metric="step")
-    for names in ("train/*", "perf/*", "eval/*", "ranks/*", "samples", "ranks"):
+    for names in ("train/*", "perf/*", "eval/*", "ranks/*", "samples", "picture", "ranks"):
         run.define_metric(names, step_metric="step")
     return run
 
@@ -384,7 +352,7 @@ def _send_rows(run: Any, job: Mapping[str, Any]) -> int:
             if row["kind"] == "eval":
                 run.summary.update(_improved(row, best))
             if not old or (row["step"] >= known and row["kind"] in _PLOTTED | {"samples", "ranks"}):
-                _send_row(run, row)
+                _send_row(run, row, Path(job["folder"]))
         if exit_code is not None:
             return exit_code
         try:
@@ -418,7 +386,7 @@ def _orphaned() -> int:
     return 1
 
 
-def _send_row(run: Any, row: Mapping[str, Any]) -> None:
+def _send_row(run: Any, row: Mapping[str, Any], folder: Path) -> None:
     kind, step = row["kind"], row["step"]
     values = {"step": step, **{k: v for k, v in row.items() if "/" in k and v is not None}}
     if kind in _PLOTTED:
@@ -428,6 +396,12 @@ def _send_row(run: Any, row: Mapping[str, Any]) -> None:
 
         cells = [[cell if isinstance(cell, int | float | None) else str(cell) for cell in r] for r in row["rows"]]
         run.log({**values, kind: wandb.Table(columns=row["columns"], data=cells)})
+    elif kind == "picture":
+        import wandb
+
+        path = folder / row["path"]
+        if path.exists():
+            run.log({**values, kind: wandb.Image(str(path), caption=row["caption"])})
     elif kind == "alert":
         run.alert(title=row["title"][:63], text=row["text"], level="ERROR")
     elif kind == "preempting":

@@ -13,6 +13,7 @@ from lmtrain import engine as engines
 from lmtrain import models
 from lmtrain.checkpoint import Checkpoints, Saved, export, faults, load_weights
 from lmtrain.config import build, override, read_yaml
+from lmtrain.corpora import alike, require_same_symbols, say, seen, spec_of
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.data.loader import DataConfig
 from lmtrain.data.memory import MemoryCorpus
@@ -22,7 +23,7 @@ from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
 from lmtrain.protocol import Corpus, Model, Place, Split
-from lmtrain.run import CHECKPOINTS, CONFIG, alike, require_same_symbols, say, seen, set_threads, spec_of
+from lmtrain.run import CHECKPOINTS, CONFIG, set_threads
 from lmtrain.schema import RunConfig, need_model
 
 
@@ -198,17 +199,10 @@ def _sets(own: Corpus, data: Sequence[str], split: str) -> dict[str, tuple[Corpu
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
-def sample_run(
-    folder: Path, *, checkpoint: str, prompt: bytes, settings: Mapping[str, Any], stream: bool
-) -> list[dict[str, Any]]:
+def sample_run(opened: Opened, *, prompt: bytes, settings: Mapping[str, Any], stream: bool) -> list[dict[str, Any]]:
     """Samples as JSON mappings; with `stream` the text of the first is printed as it is produced."""
     config = build(sampling.SampleConfig, settings, where="sample")
-    opened = open_run(folder, checkpoint=checkpoint)
     corpus = opened.corpus
-    if corpus.record is not None:
-        raise InputError(
-            f"{folder} was trained on {corpus.unit}s of {corpus.path}; samples are text, and these are not"
-        )
     text = sampling.TextStream(corpus.decode)
 
     def show(number: int, symbols: list[int]) -> None:

@@ -241,6 +241,7 @@ def test_every_metric_is_documented(tmp_path: Path) -> None:
     log.log_save(SAVE)
     log.log_load({"step": 1, "bytes": 5, "seconds": 1.0})
     log.samples(["text"], [["a"]], step=1)
+    log.picture(tmp_path / "a.png", caption="a", step=1)
     fleet = Fleet(WatchConfig(every=1), log, host="h")
     for step in (1, 2):
         fleet(engines(1)[0], {"step": step, "step_seconds": 0.1, "data_wait": 0.0, "communication": 0.0})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmtrain import schema, stopping, tracker
+from lmtrain import follower, schema, stopping, tracker
 from lmtrain.config import build
 from lmtrain.console import Console
 from lmtrain.errors import ConfigError, DivergenceError
@@ -331,7 +331,7 @@ def test_secrets_are_taken_out_of_what_is_sent() -> None:
 
 
 def job(folder: Path, environment: Mapping[str, str], **config: Any) -> dict[str, Any]:
-    return tracker._job(folder, WandbConfig(**config), environment, offset=0)
+    return follower.job(folder, WandbConfig(**config), environment, offset=0)
 
 
 def test_the_id_lives_in_the_run_folder(tmp_path: Path) -> None:

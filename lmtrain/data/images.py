@@ -35,6 +35,15 @@ def decode(data: bytes, *, channels: int | None, where: str) -> np.ndarray:
     return pixels.reshape(pixels.shape[0], pixels.shape[1], wide)
 
 
+def encode(pixels_HWC: np.ndarray) -> bytes:
+    """A PNG of uint8 [H, W, C], C 1 or 3."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC).save(out, "png", optimize=True)
+    return out.getvalue()
+
+
 def below(folder: Path) -> list[tuple[Path, str | None]]:
     """(file, class) of every image in a folder, sorted; the class is the subfolder's name, None in the folder itself.
 

@@ -24,7 +24,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lmtrain import run, schema, use
+from lmtrain import corpora, schema, use
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.errors import EngineError
 from lmtrain.inference.result import Result
@@ -93,7 +93,7 @@ def run_demo(folder: Path, *, minutes: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _write_config(folder, name) for name in RUNS}
     title("1/5 The corpus: every State of the Union address to 2004 trains, 2005-2014 is valid, 2015 on is test")
-    out.print(run.prepare_corpus(schema.load(configs["gpt"])).describe())
+    out.print(corpora.prepare_corpus(schema.load(configs["gpt"])).describe())
     corpus = open_corpus(folder / "corpus")
     rivals = {split: _compressors(corpus, split) for split in ("valid", "test")}
     out.print(
@@ -115,7 +115,7 @@ def run_demo(folder: Path, *, minutes: float) -> None:
     _print_test(out, test, rivals["test"])
     title("5/5 Samples of the GPT")
     for one in use.sample_run(
-        folder / "gpt", checkpoint="last", prompt=b"Mr. Speaker, ", settings={"n": 2, "max_symbols": 120}, stream=False
+        use.open_run(folder / "gpt"), prompt=b"Mr. Speaker, ", settings={"n": 2, "max_symbols": 120}, stream=False
     ):
         out.print(one["text"].strip() + "\n", markup=False)
     out.print(f"[bold]Next[/bold]  (everything is in {folder})")
