@@ -209,6 +209,7 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="keep the likeliest symbols of this total probability")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same samples")] = 0,
     log_prob: Annotated[bool, typer.Option("--log-prob", help="each sample's log-probability under the model")] = False,
+    weights: Annotated[str | None, typer.Option(help="raw or ema; default: the run's eval.weights")] = None,
     checkpoint: Which = "last",
     as_json: AsJson = False,
 ) -> None:
@@ -219,7 +220,7 @@ def sample(
     limits = {"n": n, "max_symbols": max_symbols, "seed": seed}
     settings = {**limits, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     samples = use.sample_run(
-        folder, checkpoint=checkpoint, prompt=raw, settings=settings, stream=not as_json and n == 1
+        folder, checkpoint=checkpoint, prompt=raw, settings=settings, stream=not as_json and n == 1, weights=weights
     )
     if as_json:
         _print_json(samples)
@@ -279,11 +280,12 @@ def checkpoint_export(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the safetensors files")],
     checkpoint: Which = "last",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    weights: Annotated[str, typer.Option(help="raw, or ema: the averaged ones")] = "raw",
 ) -> None:
     """Write the weights as safetensors: one file, or numbered parts with an index above 5 GB."""
     from lmtrain import use
 
-    for path in use.export_checkpoint(folder, checkpoint=checkpoint, out=out, dtype=dtype):
+    for path in use.export_checkpoint(folder, checkpoint=checkpoint, out=out, dtype=dtype, weights=weights):
         _say(str(path))
 
 

@@ -35,7 +35,7 @@ from lmtrain.profiling import Profile
 from lmtrain.protocol import Corpus, Engine, Model, Place, Spec
 from lmtrain.schema import RunConfig, need_train
 from lmtrain.tracker import Tracker
-from lmtrain.train import Parts, train
+from lmtrain.train import Parts, ending, train
 from lmtrain.train import Progress as Standing
 
 CONFIG = "config.yaml"
@@ -120,7 +120,11 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                 standing, reason = train(parts, train_config, standing)
                 if reason is None and train_config.samples:
                     log_samples(config, corpora[0], engine, tracker, step=standing.step)
-                tracker.finish(stopped=reason, summary={"best": standing.best, "best_step": standing.best_step})
+                ended = ending(train_config, standing, steps=steps, judge=next(iter(config.eval.sets), ""))
+                if ended and place.rank == 0:
+                    say(f"ended {ended}")
+                summary = {"best": standing.best, "best_step": standing.best_step, "ended": ended}
+                tracker.finish(stopped=reason, summary=summary)
                 engine.agree(0)  # launchers end all ranks when the first one leaves: rank 0 is done with W&B here
     finally:
         engine.close()
@@ -284,6 +288,9 @@ def resume(
         standing = Standing(**state["progress"])
         if engine.rank == 0:
             say(f"resumed step {step} of {config.folder}")
+            scalars = engine.scalars()
+            if scalars["optimizer_steps"] and scalars.get("ema_steps") == 0:
+                say("no averaged weights were saved: optimizer.ema begins at the weights of this checkpoint")
             if changed:
                 say(
                     f"the layout differs ({'; '.join(changed)}): batches are the same, sums may differ in the last bits"
@@ -351,7 +358,7 @@ def _commit() -> str | None:
 def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, Result]:
     """Every set of `eval.sets`, in order."""
     results = {}
-    with engine.evaluating() as model:
+    with engine.evaluating(weights=config.eval.weights) as model:
         for name, chosen in config.eval.sets.items():
             corpus = own if chosen.corpus is None else open_corpus(chosen.corpus, remote=config.data.remote, note=say)
             require_same_symbols(corpus, own, what=f"eval.sets.{name}.corpus")
@@ -375,7 +382,7 @@ def log_samples(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Trac
     """A few samples into the run's table. Every rank draws the same ones: under ZeRO-3 all must make the same calls."""
     assert config.train is not None
     settings = sampling.SampleConfig(n=config.train.samples, max_symbols=SAMPLE_SYMBOLS, seed=config.train.seed)
-    with engine.evaluating() as model:
+    with engine.evaluating(weights=config.eval.weights) as model:
         drawn = sampling.sample(model, config=settings, start=corpus.bos, end=corpus.bos, device=engine.device)
     texts = [corpus.decode(one.symbols.tolist()).decode("utf-8", "replace") for one in drawn]
     rows = [[one.index, text, one.scored, one.log_prob] for one, text in zip(drawn, texts, strict=True)]

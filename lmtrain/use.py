@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from lmtrain import engine as engines
 from lmtrain import models
-from lmtrain.checkpoint import Checkpoints, Saved, export, faults, load_weights
+from lmtrain.checkpoint import Checkpoints, Reader, Saved, export, faults, load_weights
 from lmtrain.config import build, override, read_yaml
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.data.loader import DataConfig
@@ -21,7 +21,7 @@ from lmtrain.errors import CheckpointError, ConfigError, InputError
 from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
-from lmtrain.protocol import Corpus, Model, Place, Split
+from lmtrain.protocol import Corpus, Model, Place, Split, Weights
 from lmtrain.run import CHECKPOINTS, CONFIG, require_same_symbols, say, set_threads, spec_of
 from lmtrain.schema import RunConfig, need_model
 
@@ -67,7 +67,7 @@ def open_run(folder: Path, *, checkpoint: str = "last", overrides: Sequence[str]
     saved = find_checkpoint(folder, config, checkpoint)
     _belong_together(saved, corpus)
     model = models.build(need_model(config), spec_of(corpus, config))
-    load_weights(saved.path, model)
+    load_weights(saved.path, model, weights=config.eval.weights)
     device = torch.device("cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu")
     return Opened(config=config, corpus=corpus, saved=saved, model=model.to(device).eval())
 
@@ -152,9 +152,10 @@ def _evaluate_ranks(
         seed=0,
     )
     try:
+        Reader(saved.path).weights(config.eval.weights)  # the engine would begin an average that is not there
         Checkpoints(folder / CHECKPOINTS, config.checkpoint, note=say).restore(engine, saved.step)
         ranks = {"rank": engine.rank, "world": engine.world, "add": engine.add, "device": engine.device}
-        with engine.evaluating() as model:
+        with engine.evaluating(weights=config.eval.weights) as model:
             return {
                 name: _evaluate(model, name, part, held, config, **ranks)
                 for name, (held, part) in _sets(corpus, data, split).items()
@@ -187,11 +188,20 @@ def _sets(own: PreparedCorpus, data: Sequence[str], split: str) -> dict[str, tup
 
 
 def sample_run(
-    folder: Path, *, checkpoint: str, prompt: bytes, settings: Mapping[str, Any], stream: bool
+    folder: Path,
+    *,
+    checkpoint: str,
+    prompt: bytes,
+    settings: Mapping[str, Any],
+    stream: bool,
+    weights: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Samples as JSON mappings; with `stream` the text of the first is printed as it is produced."""
+    """Samples as JSON mappings; with `stream` the text of the first is printed as it is produced.
+
+    weights: raw or ema; None = as the run's eval.weights says.
+    """
     config = build(sampling.SampleConfig, settings, where="sample")
-    opened = open_run(folder, checkpoint=checkpoint)
+    opened = open_run(folder, checkpoint=checkpoint, overrides=[f"eval.weights={weights}"] if weights else ())
     corpus = opened.corpus
     text = sampling.TextStream(corpus.decode)
 
@@ -260,8 +270,13 @@ def verify_checkpoints(path: Path) -> list[dict[str, Any]]:
     return [{"path": str(one), "problem": "; ".join(faults(one)[:3]) or None} for one in paths]
 
 
-def export_checkpoint(folder: Path, *, checkpoint: str, out: Path, dtype: str = "fp32") -> list[Path]:
-    """The weights as safetensors files in the new folder `out`, with the run's config beside them."""
+def export_checkpoint(
+    folder: Path, *, checkpoint: str, out: Path, dtype: str = "fp32", weights: str = "raw"
+) -> list[Path]:
+    """The weights (ema: averaged) as safetensors files in the new folder `out`, with the run's config beside them."""
+    which = next((known for known in get_args(Weights) if known == weights), None)
+    if which is None:
+        raise InputError(f"--weights {weights!r} is neither raw nor ema")
     config = config_of(folder)
     saved = find_checkpoint(folder, config, checkpoint)
-    return export(saved.path, out, config=config.model_dump(mode="json"), dtype=dtype)
+    return export(saved.path, out, config=config.model_dump(mode="json"), dtype=dtype, weights=which)

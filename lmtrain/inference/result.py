@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmtrain.inference.interval import LABEL, MIN_UNITS, Interval
-from lmtrain.protocol import LN2, Score
+from lmtrain.protocol import LN2, Score, Weights
 
 DEFINITIONS = {
     "symbols": "every symbol of the set exactly once, including one end symbol per document",
@@ -36,7 +36,7 @@ class Result:
     document's start; stride None: not sliding). share: scored symbols / symbols of the split, 1 when complete.
     documents: those with a scored symbol. lines: None where they were not counted. exact: whether the code length is
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
-    be drawn from.
+    be drawn from. weights: those of the model, or their average.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Result:
     exact: bool = False
     lines: float | None = None
     tokenizer: str | None = None
+    weights: Weights = "raw"
 
     @property
     def complete(self) -> bool:
@@ -71,12 +72,13 @@ class Result:
 
     @property
     def how(self) -> str:
-        """Mode, context and stride in a few words."""
+        """Mode, context, stride and averaged weights in a few words."""
+        averaged = ", averaged weights" if self.weights == "ema" else ""
         if self.mode == "carried":
-            return "mode carried, context from each document's start"
+            return "mode carried, context from each document's start" + averaged
         text = f"mode {self.mode}, context {self.context}"
         text += f", stride {self.stride}" if self.stride is not None else ""
-        return text + (", attention cut at documents" if self.masking else "")
+        return text + (", attention cut at documents" if self.masking else "") + averaged
 
     @property
     def interval_note(self) -> str:
@@ -154,6 +156,7 @@ class Result:
             "context": self.context,
             "stride": self.stride,
             "document_masking": self.masking,
+            "weights": self.weights,
             "complete": self.complete,
             "share": self.share,
             "symbols": _count(score.symbols),

@@ -23,7 +23,7 @@ from lmtrain.inference.cut import Cut, Documents, Sliding, Windows
 from lmtrain.inference.interval import bootstrap, group_of, groups
 from lmtrain.inference.reopen import Plan
 from lmtrain.inference.result import Result
-from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split
+from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split, Weights
 
 Mode = Literal["window", "sliding", "carried"]
 BLOCK = 2048
@@ -63,6 +63,9 @@ class EvalConfig(Config):
     )
     max_symbols: int | None = Field(
         default=None, ge=1, description="cap while training: a fixed subset by hash, printed as one; null = everything"
+    )
+    weights: Weights = Field(
+        default="raw", description="raw, or ema: the average that optimizer.ema keeps; also for samples"
     )
     batch: int = Field(default=16, ge=1, description="rows a call; changes speed and memory, not the result")
 
@@ -296,4 +299,5 @@ def _result(
         exact=tally.exact,
         tokenizer=(corpus.manifest.get("tokenizer") or {}).get("kind"),
         lines=lines if complete and corpus.kind == "text" else None,
+        weights=config.weights,
     )
