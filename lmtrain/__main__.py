@@ -29,6 +29,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="a YAML file,
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.SUB=VALUE]...", help="overrides, values in YAML")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="the result as JSON, alone on stdout")]
+WhichWeights = Annotated[str | None, typer.Option("--weights", help="raw or ema; default: the run's eval.weights")]
 Which = Annotated[str, typer.Option("--checkpoint", "-c", help="last, best or a step")]
 
 
@@ -213,6 +214,7 @@ def sample(
         int | None, typer.Option("--label", min=0, help="records: the class; default: all in turn")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="images: the PNG; default: in the run folder")] = None,
+    weights: WhichWeights = None,
     checkpoint: Which = "last",
     as_json: AsJson = False,
 ) -> None:
@@ -222,7 +224,7 @@ def sample(
     raw = _prompt(prompt, prompt_file)
     limits = {"n": n, "max_symbols": max_symbols, "seed": seed}
     settings = {**limits, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    opened = use.open_run(folder, checkpoint=checkpoint)
+    opened = use.open_run(folder, checkpoint=checkpoint, weights=weights)
     if opened.corpus.record is not None:
         if raw:
             raise InputError(f"--prompt is for text, and {folder} reads {opened.corpus.unit}s; see lmtrain complete")
@@ -264,16 +266,16 @@ def complete(
     seed: Annotated[int, typer.Option(help="the same seed gives the same completions")] = 0,
     label: Annotated[int | None, typer.Option("--label", min=0, help="the class, for a model that is told one")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the PNG; default: in the run folder")] = None,
+    weights: WhichWeights = None,
     checkpoint: Which = "last",
     as_json: AsJson = False,
 ) -> None:
     """Fill in a part of an image; what is given stays as it is."""
-    from lmtrain import seeing
+    from lmtrain import seeing, use
 
+    opened = use.open_run(folder, checkpoint=checkpoint, weights=weights)
     settings = {"n": n, "temperature": temperature, "seed": seed}
-    told = seeing.complete_run(
-        folder, image, mask=mask, keep=keep, settings=settings, checkpoint=checkpoint, label=label, out=out
-    )
+    told = seeing.complete_image(opened, folder, image, mask=mask, keep=keep, settings=settings, label=label, out=out)
     if as_json:
         _print_json(told)
     else:
@@ -287,13 +289,15 @@ def bits(
     split: Annotated[str, typer.Option("--split", "-s", help="without images: of this split")] = "valid",
     n: Annotated[int, typer.Option("-n", min=1, help="how many of the split")] = 16,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the PNG; default: in the run folder")] = None,
+    weights: WhichWeights = None,
     checkpoint: Which = "last",
     as_json: AsJson = False,
 ) -> None:
     """Map what each pixel costs, in bits: a picture of images, each beside its map."""
-    from lmtrain import seeing
+    from lmtrain import seeing, use
 
-    told = seeing.bits_run(folder, files or [], split=split, n=n, checkpoint=checkpoint, out=out)
+    opened = use.open_run(folder, checkpoint=checkpoint, weights=weights)
+    told = seeing.map_bits(opened, folder, files or [], split=split, n=n, out=out)
     if as_json:
         _print_json(told)
     else:
@@ -351,11 +355,12 @@ def checkpoint_export(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder for the safetensors files")],
     checkpoint: Which = "last",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
+    weights: Annotated[str, typer.Option(help="raw, or ema: the averaged ones")] = "raw",
 ) -> None:
     """Write the weights as safetensors: one file, or numbered parts with an index above 5 GB."""
     from lmtrain import use
 
-    for path in use.export_checkpoint(folder, checkpoint=checkpoint, out=out, dtype=dtype):
+    for path in use.export_checkpoint(folder, checkpoint=checkpoint, out=out, dtype=dtype, weights=weights):
         _say(str(path))
 
 

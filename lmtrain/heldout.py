@@ -23,7 +23,7 @@ SAMPLE_SYMBOLS = 128
 def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, Result]:
     """Every set of `eval.sets`, in order."""
     results = {}
-    with engine.evaluating() as model:
+    with engine.evaluating(weights=config.eval.weights) as model:
         for name, chosen in config.eval.sets.items():
             corpus = own
             if chosen.corpus is not None:
@@ -52,7 +52,7 @@ def log_samples(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Trac
         _log_records(config, corpus, engine, tracker, step=step)
         return
     settings = sampling.SampleConfig(n=config.train.samples, max_symbols=SAMPLE_SYMBOLS, seed=config.train.seed)
-    with engine.evaluating() as model:
+    with engine.evaluating(weights=config.eval.weights) as model:
         drawn = sampling.sample(model, config=settings, start=corpus.bos, end=corpus.bos, device=engine.device)
     texts = [corpus.decode(one.symbols.tolist()).decode("utf-8", "replace") for one in drawn]
     rows = [[one.index, text, one.scored, one.log_prob] for one, text in zip(drawn, texts, strict=True)]
@@ -65,7 +65,7 @@ def _log_records(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Tra
     spec = spec_of(corpus, config)
     settings = sampling.SampleConfig(n=config.train.samples, max_symbols=spec.context, seed=config.train.seed)
     label_N = np.arange(settings.n) % spec.labels if getattr(config.model, "conditional", False) else None
-    with engine.evaluating() as model:
+    with engine.evaluating(weights=config.eval.weights) as model:
         drawn = records.draw(model, spec=spec, config=settings, label_N=label_N)
     logp_N = -drawn.nats_NT.sum(1)
     if corpus.grid is None:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 LN2 = math.log(2.0)
 
+Weights = Literal["raw", "ema"]
+"""Which weights a model is used with: those of the last step, or their running average."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cond:
@@ -354,7 +357,8 @@ class Corpus(Protocol):
 class Fragment:
     """A piece of one named tensor: elements [start, start + numel) of the flattened tensor of `shape`.
 
-    kind: "weight" (fp32 master weights), "buffer", or the optimizer's name for a moment ("exp_avg", ...).
+    kind: "weight" (fp32 master weights), "ema" (their average), "buffer", or the optimizer's name for a moment
+    ("exp_avg", ...).
     tensor: one-dimensional, on the CPU.
     """
 
@@ -409,8 +413,11 @@ class Engine(Protocol):
         """One optimizer step over this rank's micro-batches of the global batch of weight `total_weight`."""
         ...
 
-    def evaluating(self) -> AbstractContextManager[Model]:
-        """The model without dropout and gradients."""
+    def evaluating(self, *, weights: Weights = "raw") -> AbstractContextManager[Model]:
+        """The model without dropout and gradients; "ema": with the averaged weights, and the raw ones back after it.
+
+        ConfigError when no average is kept.
+        """
         ...
 
     def add(self, values: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from lmtrain.profiling import Profile
 from lmtrain.protocol import Corpus, Engine, Model, Place
 from lmtrain.schema import RunConfig, need_train
 from lmtrain.tracker import Tracker
-from lmtrain.train import Parts, train
+from lmtrain.train import Parts, ending, train
 from lmtrain.train import Progress as Standing
 
 CONFIG = "config.yaml"
@@ -105,7 +105,11 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                 standing, reason = train(parts, train_config, standing)
                 if reason is None and train_config.samples:
                     log_samples(config, corpora[0], engine, tracker, step=standing.step)
-                tracker.finish(stopped=reason, summary={"best": standing.best, "best_step": standing.best_step})
+                ended = ending(train_config, standing, steps=steps, judge=next(iter(config.eval.sets), ""))
+                if ended and place.rank == 0:
+                    say(f"ended {ended}")
+                summary = {"best": standing.best, "best_step": standing.best_step, "ended": ended}
+                tracker.finish(stopped=reason, summary=summary)
                 engine.agree(0)  # launchers end all ranks when the first one leaves: rank 0 is done with W&B here
     finally:
         engine.close()
@@ -190,6 +194,9 @@ def resume(
         standing = Standing(**state["progress"])
         if engine.rank == 0:
             say(f"resumed step {step} of {config.folder}")
+            scalars = engine.scalars()
+            if scalars["optimizer_steps"] and scalars.get("ema_steps") == 0:
+                say("no averaged weights were saved: optimizer.ema begins at the weights of this checkpoint")
             if changed:
                 say(
                     f"the layout differs ({'; '.join(changed)}): batches are the same, sums may differ in the last bits"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from lmtrain import models
 from lmtrain.checkpoint import CheckpointConfig
@@ -65,6 +65,14 @@ class RunConfig(Config):
             return models.parse(tree)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.eval.weights == "ema" and self.optimizer.ema is None:
+            raise ValueError("eval.weights = ema, but optimizer.ema is null; give it a decay, say 0.999")
+        if self.train is not None and self.train.patience is not None and not self.eval.sets:
+            raise ValueError("train.patience waits for the first set of eval.sets, which is empty; name one")
+        return self
 
     @property
     def folder(self) -> Path:

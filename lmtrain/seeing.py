@@ -20,7 +20,7 @@ from lmtrain.heldout import SAMPLES
 from lmtrain.inference.records import draw, surprisal
 from lmtrain.inference.sample import SampleConfig
 from lmtrain.protocol import LN2, Corpus, Spec
-from lmtrain.use import Opened, open_run
+from lmtrain.use import Opened
 
 
 def sample_records(
@@ -61,14 +61,14 @@ def _labels(opened: Opened, spec: Spec, label: int | None, count: int) -> np.nda
     return np.arange(count) % spec.labels if label is None else np.full(count, label)
 
 
-def complete_run(
+def complete_image(
+    opened: Opened,
     folder: Path,
     image: Path,
     *,
     mask: Path | None,
     keep: float,
     settings: Mapping[str, Any],
-    checkpoint: str = "last",
     label: int | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
@@ -77,7 +77,6 @@ def complete_run(
     The sheet has the image, what was given of it (the rest grey), and the completions. Given pixels are the file's own.
     Raises InputError for an image or a mask that is not of the corpus's size.
     """
-    opened = open_run(folder, checkpoint=checkpoint)
     spec, corpus = spec_of(opened.corpus, opened.config), opened.corpus
     pixels_HWC = _read(image, corpus)
     height, width, channels = pixels_HWC.shape
@@ -109,17 +108,16 @@ def complete_run(
     }
 
 
-def bits_run(
+def map_bits(
+    opened: Opened,
     folder: Path,
     files: Sequence[Path] = (),
     *,
     split: str = "valid",
     n: int = 16,
-    checkpoint: str = "last",
     out: Path | None = None,
 ) -> dict[str, Any]:
     """A map of bits a pixel beside each image: of files, or of the first `n` of a split. The scale is in the answer."""
-    opened = open_run(folder, checkpoint=checkpoint)
     spec, corpus = spec_of(opened.corpus, opened.config), opened.corpus
     if corpus.grid is None or not spec.alphabet:
         raise InputError(f"{corpus.path}: bits a pixel are there for images of symbols, as {folder} does not read")

@@ -248,6 +248,9 @@ class Tracker:
             return
         self._stopping = self._stopping or stopped is not None
         code = exit_code if exit_code is not None else EXIT_STOPPED if stopped else 0
+        if self._window and code == 0:  # a run that ended early, between two rows
+            self._append(self._row(self._window))
+            self._window = []
         row = {"kind": "finish", "step": self._step, "exit_code": code, "stopped": stopped, "summary": summary or {}}
         self._append(row, durable=True)
         self._journal.close()

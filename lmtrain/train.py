@@ -25,6 +25,10 @@ class TrainConfig(Config):
     log_every: int = Field(10, ge=1, description="steps between two rows of metrics")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 = at the end only")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = at the end only")
+    patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better first set that end the run; null = never"
+    )
+    min_delta: float = Field(0.0, ge=0, description="with patience: nats a symbol that count as better, if exceeded")
     samples: int = Field(2, ge=0, description="samples in the run's table at the end; 0 = none")
     max_skipped: int = Field(20, ge=1, description="non-finite steps in a row that end the run")
 
@@ -34,11 +38,19 @@ class TrainConfig(Config):
             raise ValueError(
                 f"train.steps = {self.steps} and train.tokens = {self.tokens}: give exactly one of the two"
             )
+        if self.patience is not None and not self.eval_every:
+            raise ValueError(f"train.patience = {self.patience} counts evaluations; give train.eval_every too")
+        if self.min_delta and self.patience is None:
+            raise ValueError(f"train.min_delta = {self.min_delta} is for train.patience, which is null")
         return self
 
     def length(self, tokens_per_step: int) -> int:
         """Optimizer steps of the whole run."""
         return self.steps if self.steps is not None else math.ceil((self.tokens or 0) / tokens_per_step)
+
+    def out_of_patience(self, at: Progress) -> bool:
+        """Whether the held-out value has not become better for so long that the run is to end."""
+        return self.patience is not None and at.stale >= self.patience
 
 
 class Source(Protocol):
@@ -104,7 +116,10 @@ class Stops(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands; this, the order's record and the tensors are what a checkpoint holds."""
+    """Where a run stands; this, the order's record and the tensors are what a checkpoint holds.
+
+    best, best_step: the lowest held-out value. bar: the value that counted as better last; stale: evaluations since.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -112,6 +127,21 @@ class Progress:
     skipped_in_a_row: int = 0
     best: float | None = None
     best_step: int | None = None
+    bar: float | None = None
+    stale: int = 0
+
+    def judge(self, value: float, *, min_delta: float) -> Progress:
+        """After an evaluation gave `value`: lower than `best` is the best; lower than `bar` by more than `min_delta`
+        begins the count of `stale` ones anew. So small steps count when they add up. What is not finite is neither."""
+        best = math.isfinite(value) and (self.best is None or value < self.best)
+        better = math.isfinite(value) and (self.bar is None or value < self.bar - min_delta)
+        return replace(
+            self,
+            best=value if best else self.best,
+            best_step=self.step if best else self.best_step,
+            bar=value if better else self.bar,
+            stale=0 if better else self.stale + 1,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON mapping that `Progress(**mapping)` reads back."""
@@ -138,7 +168,7 @@ class Parts:
 
 
 def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progress, str | None]:
-    """Train from `progress` to `parts.steps`; the reason is None, or why the run was asked to stop.
+    """Train from `progress` to `parts.steps` or `config.patience`; the reason is None, or why it was asked to stop.
 
     Raises DivergenceError after `config.max_skipped` non-finite steps in a row; the last checkpoint stays as it was.
     """
@@ -147,7 +177,8 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
     def save(*, best: bool, wait: bool) -> None:
         parts.store.save(engine, step=at.step, state={**parts.state, "progress": at.to_json()}, best=best, wait=wait)
 
-    while at.step < parts.steps:
+    over = at.step >= parts.steps or config.out_of_patience(at)
+    while not over:
         began = time.perf_counter()
         batches = parts.source.batch(at.step, engine.rank, engine.world)
         weight = parts.source.total_weight(at.step)
@@ -186,21 +217,31 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
             parts.watcher.alert("training diverged", text)
             parts.store.attend(engine, wait=True)
             raise DivergenceError(text)
-        last = at.step == parts.steps
+        over = at.step == parts.steps
         improved = False
-        if last or (config.eval_every and at.step % config.eval_every == 0):
-            at, improved = _evaluate(parts, at)
+        if over or (config.eval_every and at.step % config.eval_every == 0):
+            at, improved = _evaluate(parts, at, config)
+            over = bool(engine.agree(int(over or config.out_of_patience(at))))
         reason = parts.stops.requested(engine)
-        if last or reason or improved or (config.save_every and at.step % config.save_every == 0):
-            save(best=improved, wait=last or reason is not None)  # what a run ends with is on disk before it ends
+        if over or reason or improved or (config.save_every and at.step % config.save_every == 0):
+            save(best=improved, wait=over or reason is not None)  # what a run ends with is on disk before it ends
         else:
             parts.store.attend(engine)
-        if reason and not last:
+        if reason and not over:
             parts.watcher.preempting()
             return at, reason
         for observe in parts.observers:
             observe(engine, record)
     return at, None
+
+
+def ending(config: TrainConfig, at: Progress, *, steps: int, judge: str) -> str | None:
+    """Why a run ended before its `steps`, `judge` being the set that decides; None when it did not."""
+    if at.step >= steps or not config.out_of_patience(at):
+        return None
+    than = f" by more than {config.min_delta:g}" if config.min_delta else ""
+    found = "it was never finite" if at.best is None else f"best {at.best:.4f} at step {at.best_step}"
+    return f"early at step {at.step}: {judge} not better{than} in {at.stale} evaluations ({found})"
 
 
 def digest(batches: Sequence[Batch]) -> str:
@@ -211,14 +252,12 @@ def digest(batches: Sequence[Batch]) -> str:
     return f"{crc:08x}"
 
 
-def _evaluate(parts: Parts, at: Progress) -> tuple[Progress, bool]:
-    """Evaluate every set; the first one decides which checkpoint is the best."""
+def _evaluate(parts: Parts, at: Progress, config: TrainConfig) -> tuple[Progress, bool]:
+    """Evaluate every set; the first one decides which checkpoint is the best, and whether it goes on."""
     results = parts.evaluate()
     for name, result in results.items():
         parts.watcher.log_eval(name, result, step=at.step, tokens=at.tokens)
     if not results:
         return at, False
-    value = next(iter(results.values())).score.nats_per_symbol
-    if math.isfinite(value) and (at.best is None or value < at.best):
-        return replace(at, best=value, best_step=at.step), True
-    return at, False
+    after = at.judge(next(iter(results.values())).score.nats_per_symbol, min_delta=config.min_delta)
+    return after, after.best_step == at.step

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from lmtrain import engine as engines
 from lmtrain import models
-from lmtrain.checkpoint import Checkpoints, Saved, export, faults, load_weights
+from lmtrain.checkpoint import Checkpoints, Reader, Saved, export, faults, load_weights
 from lmtrain.config import build, override, read_yaml
 from lmtrain.corpora import alike, require_same_symbols, say, seen, spec_of
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
@@ -22,7 +22,7 @@ from lmtrain.errors import CheckpointError, ConfigError, InputError
 from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
-from lmtrain.protocol import Corpus, Model, Place, Split
+from lmtrain.protocol import Corpus, Model, Place, Split, Weights
 from lmtrain.run import CHECKPOINTS, CONFIG, set_threads
 from lmtrain.schema import RunConfig, need_model
 
@@ -57,15 +57,20 @@ def find_checkpoint(folder: Path, config: RunConfig, which: str) -> Saved:
     return store.find(int(which))
 
 
-def open_run(folder: Path, *, checkpoint: str = "last", overrides: Sequence[str] = ()) -> Opened:
+def open_run(
+    folder: Path, *, checkpoint: str = "last", overrides: Sequence[str] = (), weights: str | None = None
+) -> Opened:
     """A run in one process, whatever engine and however many ranks trained it.
+
+    weights: raw or ema; None = as the run's eval.weights says.
 
     Raises InputError (no run), CheckpointError (none, damaged), CorpusError or CheckpointError naming corpus and run
     when they do not belong together.
     """
+    overrides = [*overrides, *([f"eval.weights={weights}"] if weights else [])]
     config, corpus, saved = _opened(folder, checkpoint, overrides)
     model = models.build(need_model(config), spec_of(corpus, config))
-    load_weights(saved.path, model)
+    load_weights(saved.path, model, weights=config.eval.weights)
     device = torch.device("cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu")
     return Opened(config=config, corpus=corpus, saved=saved, model=model.to(device).eval())
 
@@ -163,9 +168,10 @@ def _evaluate_ranks(
         seed=0,
     )
     try:
+        Reader(saved.path).weights(config.eval.weights)  # the engine would begin an average that is not there
         Checkpoints(folder / CHECKPOINTS, config.checkpoint, note=say).restore(engine, saved.step)
         ranks = {"rank": engine.rank, "world": engine.world, "add": engine.add, "device": engine.device}
-        with engine.evaluating() as model:
+        with engine.evaluating(weights=config.eval.weights) as model:
             return {
                 name: _evaluate(model, name, part, held, config, **ranks)
                 for name, (held, part) in _sets(corpus, data, split).items()
@@ -270,8 +276,13 @@ def verify_checkpoints(path: Path) -> list[dict[str, Any]]:
     return [{"path": str(one), "problem": "; ".join(faults(one)[:3]) or None} for one in paths]
 
 
-def export_checkpoint(folder: Path, *, checkpoint: str, out: Path, dtype: str = "fp32") -> list[Path]:
-    """The weights as safetensors files in the new folder `out`, with the run's config beside them."""
+def export_checkpoint(
+    folder: Path, *, checkpoint: str, out: Path, dtype: str = "fp32", weights: str = "raw"
+) -> list[Path]:
+    """The weights (ema: averaged) as safetensors files in the new folder `out`, with the run's config beside them."""
+    which = next((known for known in get_args(Weights) if known == weights), None)
+    if which is None:
+        raise InputError(f"--weights {weights!r} is neither raw nor ema")
     config = config_of(folder)
     saved = find_checkpoint(folder, config, checkpoint)
-    return export(saved.path, out, config=config.model_dump(mode="json"), dtype=dtype)
+    return export(saved.path, out, config=config.model_dump(mode="json"), dtype=dtype, weights=which)

@@ -38,7 +38,7 @@ def engine_of(place: Place, stage: int | None, loader: Loader, *, init: int, opt
     return make(
         EngineConfig(**kind, device="cpu", timeout=120),
         model,
-        optimizer=OptimizerConfig(kind=optimizer, weight_decay=0.1),
+        optimizer=OptimizerConfig(kind=optimizer, weight_decay=0.1, ema=0.9, ema_warmup=True),
         place=place,
         micro_batch=micro_batch,
         accumulation=accumulation,

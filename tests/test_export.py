@@ -92,6 +92,32 @@ def test_parts_and_their_index_hold_every_weight_once(
     assert seen == model.keys()
 
 
+def test_averaged_weights_have_the_names_of_the_weights(tmp_path: Path) -> None:
+    (engine,) = engines(1, steps=2)
+    store = Checkpoints(tmp_path / "run", CheckpointConfig())
+    bare = store.save(engine, step=1, state={})
+    with pytest.raises(CheckpointError, match=r"step-00000001 has no averaged weights: its run had no optimizer\.ema"):
+        export(bare, tmp_path / "out", weights="ema")
+    halves = {name: p.detach() / 2 for name, p in engine.model.named_parameters()}
+    engine.moments["ema"] = halves
+    for file in export(store.save(engine, step=2, state={}), tmp_path / "ema", weights="ema"):
+        found = safetensors.torch.load_file(file)
+    assert found.keys() == wanted([engine]).keys()
+    assert all(torch.equal(found[name], half) for name, half in halves.items())
+    assert torch.equal(found["mask"], engine.model.mask)
+    raw = safetensors.torch.load_file(export(store.find().path, tmp_path / "raw")[0])
+    assert all(torch.equal(raw[name], p) for name, p in engine.model.named_parameters())
+    engine.moments["ema"] = {name: half for name, half in halves.items() if name != "body.bias"}
+    with pytest.raises(CheckpointError, match=r"has averaged weights, but none of 'body\.bias'"):
+        export(store.save(engine, step=3, state={}), tmp_path / "out", weights="ema")
+    for moments in engine.moments.values():
+        moments.pop("body.bias", None)  # a frozen parameter has neither moments nor an average: its value stands
+    part = safetensors.torch.load_file(export(store.save(engine, step=4, state={}), tmp_path / "f", weights="ema")[0])
+    assert torch.equal(part["body.bias"], engine.model.body.bias)
+    assert torch.equal(part["body.weight"], halves["body.weight"])
+    assert [p.name for p in tmp_path.iterdir() if p.name == "out"] == []
+
+
 def test_an_empty_folder_may_be_given_a_used_one_not(path: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -9,7 +9,7 @@ import yaml
 from lmtrain import use
 from lmtrain.data import images, pictures
 from lmtrain.journal import METRICS, read
-from lmtrain.seeing import bits_run
+from lmtrain.seeing import map_bits
 from tests.house import lmtrain
 
 RUN = {
@@ -103,14 +103,14 @@ def test_given_pixels_stay_as_they_are(run, digit, tmp_path, by):
 
 def test_bits_are_those_of_the_evaluation(run, tmp_path):
     result = json.loads(lmtrain("eval", run, "--json").out)["valid"]
-    every = bits_run(run, n=10**6, out=tmp_path / "b.png")
+    every = map_bits(use.open_run(run), run, n=10**6, out=tmp_path / "b.png")
     assert sum(every["bits"]) * np.log(2) == pytest.approx(result["nats"], rel=1e-5)
     assert every["bits_per_dim"] == pytest.approx(result["bits_per_dim"], rel=1e-5)
 
 
 def test_bits_of_a_file_are_those_of_the_record(run, digit, tmp_path):
-    of_split = bits_run(run, n=1, out=tmp_path / "a.png")
-    of_file = bits_run(run, [digit[0]], out=tmp_path / "b.png")
+    of_split = map_bits(use.open_run(run), run, n=1, out=tmp_path / "a.png")
+    of_file = map_bits(use.open_run(run), run, [digit[0]], out=tmp_path / "b.png")
     assert of_file["bits"] == pytest.approx(of_split["bits"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 

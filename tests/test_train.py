@@ -9,14 +9,17 @@ import torch
 from lmtrain.config import build
 from lmtrain.errors import ConfigError, DivergenceError
 from lmtrain.protocol import Batch, Cond, Score, StepReport
-from lmtrain.train import Parts, Progress, TrainConfig, digest, train
+from lmtrain.train import Parts, Progress, TrainConfig, digest, ending, train
 
 
 class Engine:
     rank, world, communicated = 0, 1, 0.0
 
     def __init__(self, bad=()):
-        self.bad, self.steps = set(bad), []
+        self.bad, self.steps, self.others_say = set(bad), [], 0
+
+    def agree(self, flag):
+        return max(flag, self.others_say)
 
     def step(self, batches, *, total_weight, lr, step):
         self.steps.append((step, lr, total_weight))
@@ -103,7 +106,7 @@ def test_a_run_steps_logs_evaluates_and_saves():
         (9, False),
         (10, True),
     ]
-    assert progress == Progress(step=10, tokens=60, best=2.0, best_step=10)
+    assert progress == Progress(step=10, tokens=60, best=2.0, best_step=10, bar=2.0)
     assert Progress(**diary.saves[-1][2]) == progress
     assert all(row["loss"] == 2.0 for row in diary.rows)
 
@@ -179,6 +182,79 @@ def test_a_non_finite_held_out_value_is_never_the_best():
     assert diary.saves[-1][1] is False
 
 
+@pytest.mark.parametrize(
+    ("values", "min_delta", "stale", "bar", "best"),
+    [
+        ([], 0.0, [], None, None),
+        ([3.0, 2.0, 1.0], 0.0, [0, 0, 0], 1.0, 1.0),
+        ([1.0, 1.0, 2.0, 0.5], 0.0, [0, 1, 2, 0], 0.5, 0.5),  # equal is not better
+        ([1.0, 0.75, 0.5, 0.25], 0.25, [0, 1, 0, 1], 0.5, 0.25),  # small steps add up; exactly min_delta is not more
+        ([1.0, 0.9, 0.95, 0.85], 1.0, [0, 1, 2, 3], 1.0, 0.85),  # the best is the lowest all the same
+        ([math.nan, math.inf, 2.0, math.nan, -math.inf], 0.0, [1, 2, 0, 1, 2], 2.0, 2.0),
+    ],
+)
+def test_the_rule_of_patience(values, min_delta, stale, bar, best):
+    at, seen = Progress(), []
+    for step, value in enumerate(values, start=1):
+        at = dataclasses.replace(at, step=step).judge(value, min_delta=min_delta)
+        seen.append(at.stale)
+    assert (seen, at.bar, at.best) == (stale, bar, best)
+    assert at.best_step == (values.index(best) + 1 if best is not None else None)
+    for patience in (1, 2, 3):
+        assert TrainConfig(steps=9, eval_every=1, patience=patience).out_of_patience(at) == (at.stale >= patience)
+    assert not TrainConfig(steps=9).out_of_patience(at)
+
+
+FALLING = [5.0, 4.0, 4.5, 3.9, 3.95, 4.2, 3.9, 1.0, 0.5, 0.4]
+"""With a patience of 3, one evaluation every 2 steps: the best at step 8, the end at step 14."""
+PATIENT = TrainConfig(steps=20, eval_every=2, save_every=3, patience=3)
+
+
+def test_patience_ends_a_run_and_says_so():
+    diary = Diary(stop_at=14)  # who asks for a stop at the step where it ends anyway gets the end
+    progress, reason = train(parts(diary, steps=20, values=FALLING), PATIENT, Progress())
+    assert (progress.step, reason, diary.preempted) == (14, None, 0)
+    assert (progress.best, progress.best_step, progress.stale) == (3.9, 8, 3)
+    assert diary.evals[-1] == ("valid", 14, 84)
+    assert diary.saves[-1] == (14, False, progress.to_json())
+    assert diary.waits[-1], "what a run ends with is on disk"
+    text = ending(PATIENT, progress, steps=20, judge="valid")
+    assert text == "early at step 14: valid not better in 3 evaluations (best 3.9000 at step 8)"
+    assert ending(PATIENT, progress, steps=14, judge="valid") is None, "that was its length"
+    assert ending(PATIENT, Progress(step=3), steps=20, judge="valid") is None
+    more = PATIENT.model_copy(update={"min_delta": 0.01})
+    never = Progress(step=6, stale=3)
+    assert "not better by more than 0.01 in 3 evaluations (it was never finite)" in str(
+        ending(more, never, steps=20, judge="valid")
+    )
+
+
+@pytest.mark.parametrize("stop", range(1, 14))
+def test_an_interrupted_run_counts_on(stop):
+    """Asked to stop after any step and started again, it ends where the other does; a third start does nothing."""
+    first = Diary(stop_at=stop)
+    _, reason = train(parts(first, steps=20, values=FALLING), PATIENT, Progress())
+    assert reason == "SIGTERM"
+    step, _, saved = first.saves[-1]
+    assert step == stop
+    second = Diary()
+    progress, reason = train(parts(second, steps=20, values=FALLING[stop // 2 :]), PATIENT, Progress(**saved))
+    assert (progress.step, progress.best_step, progress.stale, reason) == (14, 8, 3, None)
+    assert first.evals + second.evals == [("valid", s, 6 * s) for s in range(2, 15, 2)]
+    third = Diary()
+    assert train(parts(third, steps=20), PATIENT, Progress(**second.saves[-1][2])) == (progress, None)
+    assert third.rows == third.saves == []
+    longer = PATIENT.model_copy(update={"patience": 4})
+    assert train(parts(third, steps=20, values=[9.0]), longer, progress)[0].step == 16, "more patience, more steps"
+
+
+def test_one_rank_that_has_enough_ends_it_for_all():
+    diary = Diary()
+    made = parts(diary, steps=20, values=FALLING)
+    made.engine.others_say = 1
+    assert train(made, PATIENT, Progress())[0].step == 2
+
+
 def test_the_digest_sees_every_symbol():
     batches = Source().batch(3, 0, 1)
     before = digest(batches)
@@ -186,7 +262,18 @@ def test_the_digest_sees_every_symbol():
     assert digest(batches) != before
 
 
-@pytest.mark.parametrize("tree", [{}, {"steps": 1, "tokens": 1}, {"steps": 0}, {"steps": 1, "max_skipped": 0}])
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        {"steps": 1, "tokens": 1},
+        {"steps": 0},
+        {"steps": 1, "max_skipped": 0},
+        {"steps": 1, "patience": 2},
+        {"steps": 1, "patience": 0, "eval_every": 1},
+        {"steps": 1, "min_delta": 0.1, "eval_every": 1},
+    ],
+)
 def test_bad_lengths(tree):
     with pytest.raises(ConfigError):
         build(TrainConfig, tree, where="test")

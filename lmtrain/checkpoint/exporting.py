@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from lmtrain.checkpoint import tensorfile
-from lmtrain.checkpoint.reader import BUFFER, WEIGHT, Reader
+from lmtrain.checkpoint.reader import BUFFER, Reader
 from lmtrain.checkpoint.saving import sync_folder
 from lmtrain.checkpoint.tensorfile import Outgoing
 from lmtrain.errors import CheckpointError
+from lmtrain.protocol import Weights
 
 PART_BYTES = 5 * 10**9
 WEIGHTS = "model.safetensors"
@@ -31,13 +32,15 @@ def export(
     *,
     config: Mapping[str, Any] | None = None,
     dtype: str = "fp32",
+    weights: Weights = "raw",
     part_bytes: int = PART_BYTES,
 ) -> list[Path]:
     """Write the weights and buffers of the checkpoint `path` into the new folder `out`; returns the files.
 
     One `model.safetensors`, or, when it would be larger than `part_bytes`, `model-00001-of-0000N.safetensors` and
     `model.safetensors.index.json` (the Hugging Face layout; a tensor is never cut). `config` becomes `config.json`.
-    dtype: of floating-point weights, fp32, bf16 or fp16; buffers keep theirs. Tied weights are there once.
+    dtype: of floating-point weights, fp32, bf16 or fp16; buffers keep theirs. Tied weights are there once. weights:
+    "ema" writes the averaged ones under the same names.
     Raises CheckpointError: damaged files (each is verified before it is read), `out` in use, no space.
     """
     if dtype not in EXPORT_DTYPES:
@@ -45,7 +48,9 @@ def export(
     if out.exists() and (not out.is_dir() or next(out.iterdir(), None) is not None):
         raise CheckpointError(f"{out} exists and is not an empty folder; give a new one")
     reader = Reader(path)
-    parts = _divide([*_tensors(reader, WEIGHT, EXPORT_DTYPES[dtype]), *_tensors(reader, BUFFER, None)], part_bytes)
+    kinds = dict.fromkeys(reader.names(BUFFER), BUFFER)
+    tensors = [*_tensors(reader, reader.weights(weights), EXPORT_DTYPES[dtype]), *_tensors(reader, kinds, None)]
+    parts = _divide(tensors, part_bytes)
     aside = out.parent / f".{out.name}.{secrets.randbits(48):012x}.writing"
     try:
         aside.mkdir(parents=True)
@@ -72,8 +77,8 @@ def export(
     return [out / name for name in names]
 
 
-def _tensors(reader: Reader, kind: str, dtype: torch.dtype | None) -> Iterator[Outgoing]:
-    for name in reader.names(kind):
+def _tensors(reader: Reader, kinds: Mapping[str, str], dtype: torch.dtype | None) -> Iterator[Outgoing]:
+    for name, kind in kinds.items():
         saved = reader.dtype(name, kind)
         to = dtype if dtype is not None and saved.is_floating_point else saved
         yield Outgoing(name, to, reader.shape(name, kind), _Pieces(reader, name, kind, to))

@@ -13,8 +13,9 @@ from lmtrain.checkpoint import tensorfile
 from lmtrain.checkpoint.manifest import FileRecord, Manifest, TensorRecord, read_manifest
 from lmtrain.checkpoint.tensorfile import DTYPES, Stored
 from lmtrain.errors import CheckpointError
+from lmtrain.protocol import Weights
 
-WEIGHT, BUFFER = "weight", "buffer"
+WEIGHT, BUFFER, AVERAGE = "weight", "buffer", "ema"
 
 
 def fragment_key(name: str, kind: str, start: int) -> str:
@@ -108,6 +109,24 @@ class Reader:
         """All kinds, sorted."""
         return sorted({t.kind for t in self.manifest.tensors})
 
+    def weights(self, which: Weights) -> dict[str, str]:
+        """Name of every weight -> the kind to read for it. "ema": the average, for a frozen parameter its own value.
+
+        Raises CheckpointError when there is no average, or not of every trained parameter.
+        """
+        names = self.names(WEIGHT)
+        if which == "raw":
+            return dict.fromkeys(names, WEIGHT)
+        averaged = set(self.names(AVERAGE))
+        if not averaged:
+            raise CheckpointError(
+                f"{self.path} has no averaged weights: its run had no optimizer.ema then; use raw weights"
+            )
+        trained = {t.name for t in self.manifest.tensors if t.kind not in {WEIGHT, BUFFER, AVERAGE}}
+        if trained - averaged:
+            raise CheckpointError(f"{self.path} has averaged weights, but none of {min(trained - averaged)!r}")
+        return {name: AVERAGE if name in averaged else WEIGHT for name in names}
+
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """A one-dimensional CPU tensor of the saved dtype: elements [start, start + numel) of the flattened tensor."""
         record = self._record(name, kind)
@@ -200,8 +219,8 @@ def check_fits(path: Path, saved: Manifest, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_weights(path: Path, model: nn.Module) -> Manifest:
-    """Put a checkpoint's weights and buffers into a plain model, in one process, by bounded pieces.
+def load_weights(path: Path, model: nn.Module, *, weights: Weights = "raw") -> Manifest:
+    """Put a checkpoint's weights ("ema": their average) and buffers into a plain model, in one process, piece by piece.
 
     The weights are converted to the model's dtype. Raises CheckpointError naming damaged files, or the names and shapes
     that do not fit; the model is then untouched or half loaded: do not use it.
@@ -209,7 +228,8 @@ def load_weights(path: Path, model: nn.Module) -> Manifest:
     reader = Reader(path)
     check_fits(path, reader.manifest, model)
     buffers = dict(model.named_buffers())
-    targets: list[tuple[str, str, Tensor]] = [(name, WEIGHT, p) for name, p in model.named_parameters()]
+    kinds = reader.weights(weights)
+    targets: list[tuple[str, str, Tensor]] = [(name, kinds[name], p) for name, p in model.named_parameters()]
     targets += [(name, BUFFER, buffers[name]) for name in reader.names(BUFFER)]
     for name, kind, target in targets:
         whole = (

@@ -20,8 +20,12 @@ class OptimizerConfig(Config):
     lr: float = Field(1e-3, gt=0, description="peak learning rate; with muon: of the matrices")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW: decay of the two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment")
-    weight_decay: float = Field(0.1, ge=0, description="of parameters with two dimensions or more, times the rate")
+    weight_decay: float = Field(0.1, ge=0, description="of matrices and kernels, never of biases and gains; times rate")
     decay_embeddings: bool = Field(True, description="whether embeddings are decayed too")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the running average of the weights, say 0.999; null = none is kept"
+    )
+    ema_warmup: bool = Field(False, description="decay of step t at most (1 + t) / (10 + t), so that early ones fade")
     clip: float = Field(1.0, ge=0, description="largest l2 norm of the whole gradient; 0 = off")
     adamw_lr: float = Field(3e-3, gt=0, description="muon: peak rate of the parameters that AdamW takes")
     momentum: float = Field(0.95, ge=0, lt=1, description="muon: Nesterov momentum")
@@ -33,6 +37,8 @@ class OptimizerConfig(Config):
     def _possible(self) -> OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas = {list(self.betas)}: wanted two numbers in [0, 1)")
+        if self.ema_warmup and self.ema is None:
+            raise ValueError("optimizer.ema_warmup = true, but optimizer.ema is null; give it a decay, say 0.999")
         if self.kind == "adamw":
             for name in ("adamw_lr", "momentum", "momentum_start", "momentum_warmup", "newton_schulz"):
                 if getattr(self, name) != type(self).model_fields[name].default:
@@ -48,9 +54,19 @@ def momentum(config: OptimizerConfig, step: int) -> float:
     return (1 - part) * config.momentum_start + part * config.momentum
 
 
+def is_matrix(name: str, shape: Iterable[int]) -> bool:
+    """Whether a parameter multiplies what it is given: a matrix or a kernel, no bias and no gain.
+
+    Two dimensions or more, of which those after the first are not all 1 (a gain a channel, such as [C, 1, 1, 1]), and
+    neither `bias` nor `gain` in the last word of its name (a bias a position and component has two dimensions, too).
+    """
+    shape, last = tuple(shape), name.rpartition(".")[2]
+    return any(size != 1 for size in shape[1:]) and "bias" not in last and "gain" not in last
+
+
 def takes_muon(name: str, shape: Iterable[int]) -> bool:
-    """Whether Muon takes a parameter: a matrix (or more dimensions), no embedding and no output layer."""
-    return len(tuple(shape)) >= 2 and "embed" not in name and "lm_head" not in name
+    """Whether Muon takes a parameter: a matrix (or kernel), no embedding and no output layer."""
+    return is_matrix(name, shape) and "embed" not in name and "lm_head" not in name
 
 
 def groups(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
@@ -64,7 +80,7 @@ def groups(config: OptimizerConfig, named: Iterable[tuple[str, nn.Parameter]]) -
         if not p.requires_grad:
             continue
         by_muon = config.kind == "muon" and takes_muon(name, p.shape)
-        decayed = p.dim() >= 2 and (config.decay_embeddings or "embed" not in name)
+        decayed = is_matrix(name, p.shape) and (config.decay_embeddings or "embed" not in name)
         group = found.setdefault(
             (by_muon, decayed),
             {

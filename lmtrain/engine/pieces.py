@@ -6,7 +6,7 @@ Moments lie in the optimizer's state of that tensor at the same place. Pieces of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from lmtrain.errors import CheckpointError
 from lmtrain.protocol import Fragment, FragmentReader
 
+AVERAGE = "ema"
+"""The kind of fragment that holds averaged weights."""
+Averaged = Callable[[Tensor], Tensor | None]
+"""The average that lies as a tensor of weights does; None where there is none."""
 READ_AT_ONCE = 4 * 2**20
 """Elements of a tensor that are read at a time (16 MiB of fp32)."""
 
@@ -80,8 +84,9 @@ def fragments(
     model: nn.Module,
     *,
     rank: int,
+    averaged: Averaged | None = None,
 ) -> Iterator[Fragment]:
-    """All fragments of this rank on the CPU: fp32 weights, moments and, on rank 0, persistent buffers.
+    """All fragments of this rank on the CPU: fp32 weights, moments, averages and, on rank 0, persistent buffers.
 
     Where they lie on the CPU already they are views, no copies: they hold until the next step.
     """
@@ -92,6 +97,9 @@ def fragments(
             continue
         state = optimizer.state[piece.home] if piece.moments else {}
         tensors = {"weight": piece.home} | {moment: state[moment] for moment in piece.moments}
+        average = averaged(piece.home) if averaged is not None else None
+        if average is not None:
+            tensors[AVERAGE] = average
         for kind, tensor in tensors.items():
             data = piece.of(tensor).narrow(0, first, count).to("cpu", torch.float32)
             yield Fragment(piece.name, kind, piece.shape, piece.start + first, data)
@@ -101,13 +109,21 @@ def fragments(
 
 
 def restore(
-    pieces: Sequence[Piece], optimizer: torch.optim.Optimizer, model: nn.Module, reader: FragmentReader, *, steps: int
+    pieces: Sequence[Piece],
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    reader: FragmentReader,
+    *,
+    steps: int,
+    averaged: Averaged | None = None,
 ) -> None:
-    """Read weights, moments and buffers; `steps` is the optimizer's count. All are looked for before any is read.
+    """Read weights, moments, averages (into `averaged`, if given) and buffers; `steps` is the optimizer's count.
 
-    Raises CheckpointError naming the first tensor that is missing or has another shape.
+    All are looked for before any is read. Raises CheckpointError naming the first tensor that is missing or has another
+    shape.
     """
-    wanted = [(p.name, kind, p.shape) for p in pieces for kind in ("weight", *p.moments)]
+    extra = (AVERAGE,) if averaged is not None else ()
+    wanted = [(p.name, kind, p.shape) for p in pieces for kind in ("weight", *p.moments, *(extra if p.moments else ()))]
     wanted += [(name, "buffer", tuple(buffer.shape)) for name, buffer in buffers(model).items()]
     for name, kind, shape in wanted:
         if not reader.has(name, kind):
@@ -126,6 +142,9 @@ def restore(
             _read(reader, piece, "weight", piece.home)
             for moment in piece.moments:
                 _read(reader, piece, moment, state[moment])
+            average = averaged(piece.home) if averaged is not None else None
+            if average is not None:
+                _read(reader, piece, AVERAGE, average)
             if "step" in state:
                 state["step"].fill_(steps)
         for name, buffer in buffers(model).items():

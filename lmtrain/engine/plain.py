@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmtrain.engine import microbatch, optimizer, pieces
+from lmtrain.engine import averaging, microbatch, optimizer, pieces
 from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.engine.settings import EngineConfig, on_cpu
 from lmtrain.errors import ConfigError, EngineError
-from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport
+from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport, Weights
 
 
 class PlainEngine:
@@ -59,6 +59,7 @@ class PlainEngine:
         self.trained: list[Tensor] = [p for group in grouped for p in group["params"]]
         self.optimizer = optimizer.build(optimizer_config, grouped)
         self.pieces = pieces.replicated(named, homes, moments, copies=1)
+        self.average = averaging.make(optimizer_config, self.pieces)
         if config.compile:
             model.compile()
 
@@ -88,6 +89,8 @@ class PlainEngine:
             self.optimizer.step()
             self.optimizer_steps += 1
             self._publish()
+            if self.average is not None:
+                self.average.update()
         else:
             self.skipped_steps += 1
         for p in self.trained:
@@ -100,12 +103,12 @@ class PlainEngine:
             p.copy_(master)
 
     @contextmanager
-    def evaluating(self) -> Iterator[Model]:
-        """The model in evaluation mode, without gradients."""
+    def evaluating(self, *, weights: Weights = "raw") -> Iterator[Model]:
+        """The model in evaluation mode, without gradients, with its own weights or their average."""
         was = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), averaging.using(weights, self.average, self._publish, alone=True):
                 yield self.model
         finally:
             self.model.train(was)
@@ -120,18 +123,24 @@ class PlainEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """Every weight, moment and persistent buffer, whole."""
-        return pieces.fragments(self.pieces, self.optimizer, self.model, rank=0)
+        averaged = self.average.of if self.average is not None else None
+        return pieces.fragments(self.pieces, self.optimizer, self.model, rank=0, averaged=averaged)
 
     def restore(self, reader: FragmentReader, *, scalars: Mapping[str, Any]) -> None:
         """Read all tensors and the scalars; see protocol.Engine."""
         steps = int(scalars["optimizer_steps"])
-        pieces.restore(self.pieces, self.optimizer, self.model, reader, steps=steps)
+        averaged = self.average.reads(scalars) if self.average is not None else None
+        pieces.restore(self.pieces, self.optimizer, self.model, reader, steps=steps, averaged=averaged)
+        if self.average is not None:
+            self.average.restored(scalars)
         self._publish()
         self.optimizer_steps, self.skipped_steps = steps, int(scalars["skipped_steps"])
 
     def scalars(self) -> dict[str, Any]:
-        """Optimizer steps and skipped steps."""
-        return {"optimizer_steps": self.optimizer_steps, "skipped_steps": self.skipped_steps, "loss_scale": None}
+        """Optimizer steps, skipped steps and, where there is an average, the steps in it."""
+        averaged = {averaging.UPDATES: self.average.updates} if self.average is not None else {}
+        steps = {"optimizer_steps": self.optimizer_steps, "skipped_steps": self.skipped_steps}
+        return {**steps, **averaged, "loss_scale": None}
 
     def close(self) -> None:
         """There is nothing to leave."""

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lmtrain.engine import communication, microbatch, optimizer, pieces, rendezvous, stages
+from lmtrain.engine import averaging, communication, microbatch, optimizer, pieces, rendezvous, stages
 from lmtrain.engine.ds_config import deepspeed_json
 from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.engine.plain import device_of
 from lmtrain.engine.settings import EngineConfig
 from lmtrain.errors import ConfigError, EngineError
-from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport
+from lmtrain.protocol import Batch, Fragment, FragmentReader, Model, Place, StepReport, Weights
 
 
 class ZeroEngine:
@@ -79,6 +79,7 @@ class ZeroEngine:
             raise ConfigError(f"DeepSpeed refuses its configuration: {line}; see engine.deepspeed") from error
         self.model = model
         self.stage = self._stage(named, moments)
+        self.average = averaging.make(optimizer_config, self.stage.pieces)
         if config.compile:
             self.engine.compile()
 
@@ -115,6 +116,8 @@ class ZeroEngine:
         self.stage.step(scaled if finite else math.nan)
         applied = bool(self.engine.was_step_applied()) and finite
         assert applied == finite, "DeepSpeed and we disagree whether the step was applied"
+        if applied and self.average is not None:
+            self.average.update()
         self.optimizer_steps += applied
         self.skipped_steps += not applied
         return StepReport(nats=total, weight=total_weight, grad_norm=scaled / scale, applied=applied, loss_scale=scale)
@@ -129,12 +132,15 @@ class ZeroEngine:
         return float(getattr(self.engine.optimizer, "loss_scale", 1.0)) if self.config.precision == "fp16" else 1.0
 
     @contextmanager
-    def evaluating(self) -> Iterator[Model]:
-        """The model in evaluation mode, without gradients. At stage 3 all ranks must call it alike."""
+    def evaluating(self, *, weights: Weights = "raw") -> Iterator[Model]:
+        """The model in evaluation mode, without gradients, with its own weights or their average.
+
+        Collective with the average. At stage 3 all ranks must call the model alike.
+        """
         was = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), averaging.using(weights, self.average, self.stage.publish, alone=self.world == 1):
                 yield self.model
         finally:
             self.model.train(was)
@@ -163,12 +169,16 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns; see protocol.Engine."""
-        return pieces.fragments(self.stage.pieces, self.optimizer, self.model, rank=self.rank)
+        averaged = self.average.of if self.average is not None else None
+        return pieces.fragments(self.stage.pieces, self.optimizer, self.model, rank=self.rank, averaged=averaged)
 
     def restore(self, reader: FragmentReader, *, scalars: Mapping[str, Any]) -> None:
         """Read what this rank needs, whatever the ranks and the stage were that saved it."""
         steps = int(scalars["optimizer_steps"])
-        pieces.restore(self.stage.pieces, self.optimizer, self.model, reader, steps=steps)
+        averaged = self.average.reads(scalars) if self.average is not None else None
+        pieces.restore(self.stage.pieces, self.optimizer, self.model, reader, steps=steps, averaged=averaged)
+        if self.average is not None:
+            self.average.restored(scalars)
         self.stage.publish()
         self.optimizer_steps, self.skipped_steps = steps, int(scalars["skipped_steps"])
         saved = scalars.get("loss_scale")
@@ -178,7 +188,7 @@ class ZeroEngine:
                 setattr(scaler, name, value)
 
     def scalars(self) -> dict[str, Any]:
-        """Optimizer steps, skipped steps and, in fp16, the state of the loss scale."""
+        """Optimizer steps, skipped steps, the steps in the average if there is one, in fp16 the loss scale's state."""
         scale = None
         if self.config.precision == "fp16":
             scaler = self.engine.optimizer.loss_scaler
@@ -187,6 +197,7 @@ class ZeroEngine:
         return {
             "optimizer_steps": self.optimizer_steps,
             "skipped_steps": self.skipped_steps,
+            **({averaging.UPDATES: self.average.updates} if self.average is not None else {}),
             "loss_scale": scale,
         }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmtrain.inference.interval import LABEL, MIN_UNITS, Interval
-from lmtrain.protocol import LN2, Measure, Score
+from lmtrain.protocol import LN2, Measure, Score, Weights
 
 DEFINITIONS = {
     "symbols": "every symbol of the set exactly once, including one end symbol per document",
@@ -40,6 +40,7 @@ class Result:
     documents: those with a scored symbol. lines: None where they were not counted. exact: whether the code length is
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
     be drawn from. records: those that were scored, None where rows are cut from a stream. measure: what they measure.
+    weights: those of the model, or their average.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Result:
     tokenizer: str | None = None
     records: int | None = None
     measure: Measure = field(default_factory=Measure)
+    weights: Weights = "raw"
 
     @property
     def complete(self) -> bool:
@@ -76,12 +78,13 @@ class Result:
 
     @property
     def how(self) -> str:
-        """Mode, context and stride in a few words."""
+        """Mode, context, stride and averaged weights in a few words."""
+        averaged = ", averaged weights" if self.weights == "ema" else ""
         if self.mode == "carried":
-            return "mode carried, context from each document's start"
+            return "mode carried, context from each document's start" + averaged
         text = f"mode {self.mode}, context {self.context}"
         text += f", stride {self.stride}" if self.stride is not None else ""
-        return text + (", attention cut at documents" if self.masking else "")
+        return text + (", attention cut at documents" if self.masking else "") + averaged
 
     @property
     def nats_per_record(self) -> float | None:
@@ -193,6 +196,7 @@ class Result:
             "context": self.context,
             "stride": self.stride,
             "document_masking": self.masking,
+            "weights": self.weights,
             "complete": self.complete,
             "share": self.share,
             "symbols": _count(score.symbols),

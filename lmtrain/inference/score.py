@@ -23,7 +23,7 @@ from lmtrain.inference.cut import Cut, Documents, Sliding, Windows
 from lmtrain.inference.interval import bootstrap, group_of, groups
 from lmtrain.inference.reopen import Plan
 from lmtrain.inference.result import Result
-from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split
+from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split, Weights
 
 Mode = Literal["window", "sliding", "carried"]
 BLOCK = 2048
@@ -63,6 +63,9 @@ class EvalConfig(Config):
     )
     max_symbols: int | None = Field(
         default=None, ge=1, description="cap while training: a fixed subset by hash, printed as one; null = everything"
+    )
+    weights: Weights = Field(
+        default="raw", description="raw, or ema: the average that optimizer.ema keeps; also for samples"
     )
     batch: int = Field(default=16, ge=1, description="rows a call; changes speed and memory, not the result")
 
@@ -306,4 +309,5 @@ def _result(
         lines=lines if complete and tally.counts_bytes else None,
         records=tally.documents if corpus.record is not None else None,
         measure=corpus.measure,
+        weights=config.weights,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lmtrain import models
 from lmtrain.engine import EngineConfig, OptimizerConfig, make
 from lmtrain.errors import CheckpointError
-from lmtrain.protocol import Batch, Cond, Engine, Fragment, Model, Place, Spec, StepReport
+from lmtrain.protocol import Batch, Cond, Engine, Fragment, Model, Place, Spec, StepReport, Weights
 
 ALPHABET, CONTEXT, ROWS = 29, 12, 12
 SAVED, AFTER = 3, 6
@@ -207,9 +207,9 @@ def together(engine: Engine, folder: Path, label: str) -> Reader:
     return reader
 
 
-def score(engine: Engine, *, micro: int) -> float:
+def score(engine: Engine, *, micro: int, weights: Weights = "raw") -> float:
     """nats of two fixed batches in evaluation mode, computed alike by every rank, dropout off."""
-    with engine.evaluating() as model:
+    with engine.evaluating(weights=weights) as model:
         assert not model.training
         parts = [
             model(b.x_BT, cond=b.cond).double() * b.weight_BT for s in (77, 78) for b in batches_of(s, micro=micro)

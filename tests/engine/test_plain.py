@@ -156,6 +156,31 @@ def test_groups_go_by_name_and_shape() -> None:
                 assert g["rate"] == (1.0 if kind == "adamw" or g["muon"] else 0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "matrix"),
+    [
+        ("a.weight", (4, 3), True),
+        ("a.weight", (1, 3), True),
+        ("a.weight", (8, 1, 3, 3), True),  # a kernel over one channel
+        ("a.out_weight", (5, 2, 3), True),
+        ("bias.weight", (4, 3), True),  # the parameter's own word counts, not the module's
+        ("a.weight", (4,), False),
+        ("a", (), False),
+        ("a.length", (8, 1, 1, 1), False),  # a gain a channel, as weight normalisation has it
+        ("a.length", (8, 1), False),
+        ("a.bias", (4,), False),
+        ("a.out_bias", (5, 2), False),  # a bias a position and output
+        ("a.gain", (5, 2), False),
+    ],
+)
+def test_what_is_decayed_and_orthogonalised(name: str, shape: tuple[int, ...], matrix: bool) -> None:
+    p = torch.nn.Parameter(torch.zeros(shape))
+    (group,) = groups(OptimizerConfig(), [(name, p)])
+    assert group["weight_decay"] == (0.1 if matrix else 0.0)
+    (group,) = groups(OptimizerConfig(kind="muon"), [(name, p)])
+    assert (group["muon"], group["weight_decay"]) == (matrix, 0.1 if matrix else 0.0)
+
+
 def test_tied_parameters_are_one() -> None:
     engine = engine_for(small_model("gpt", tied=True), Place(), micro=12, kind="plain")
     names = [f.name for f in engine.fragments() if f.kind == "weight"]
