@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
     threads = set_threads(place, environment)
     if place.world > 1:
         stopping.die_with_parent()
-    config, corpora = seen(config, corpora_for(config, place))
+    config, corpora = seen(config, corpora_for(config, place), stored=stored_fit(config))
     loader = Loader(corpora, config.data, seed=train_config.seed)
     micro_batch, accumulation = config.data.layout(place.world)
     spec = spec_of(corpora[0], config)
@@ -224,6 +224,16 @@ def seen(
     views = view_of(corpora, config.data.view, weights=weights, fit=fit)
     data = config.data.model_copy(update={"context": config.data.row_length(corpora[0])})
     return config.model_copy(update={"data": data}), views
+
+
+def stored_fit(config: RunConfig) -> Mapping[str, Any] | None:
+    """What the run fitted when it began, the same in all of its checkpoints; None when it is new or fits nothing."""
+    if config.data.view.standardise:
+        for saved in Checkpoints(config.folder / CHECKPOINTS, config.checkpoint, note=say).list():
+            with suppress(CheckpointError):
+                fit: Mapping[str, Any] | None = saved.manifest().state.get("fit")
+                return fit
+    return None
 
 
 def fit_of(corpus: Corpus) -> dict[str, Any] | None:
