@@ -8,9 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from lmtrain import engine as engines
 from lmtrain import run, schema, use
+from lmtrain.checkpoint import Checkpoints
+from lmtrain.config import build
+from lmtrain.data.corpus import open_corpus
+from lmtrain.data.prepare import PrepareConfig, prepare
 from lmtrain.errors import ConfigError, InputError
 from lmtrain.journal import METRICS, read
 from lmtrain.protocol import Place
@@ -123,3 +129,32 @@ def test_two_ranks_train_on_records_as_one_does(tmp_path: Path) -> None:
     scores = [evaluate(tmp_path / "runs" / name) for name in ("plain", "two")]
     assert scores[0].score.nats == pytest.approx(scores[1].score.nats, rel=1e-5)
     assert scores[0].score.row()[1:] == scores[1].score.row()[1:]
+
+
+def test_what_a_run_fitted_is_taken_from_its_checkpoint(tmp_path: Path) -> None:
+    prepare(build(PrepareConfig, {"source": {"kind": "wine"}}, where="prepare"), tmp_path / "wine")
+    data = {"corpus": str(tmp_path / "wine"), "view": {"standardise": True}}
+    config = schema.load(written(tmp_path, prepare=None, data=data))
+    assert run.stored_fit(config) is None, "a new run"
+    resolved, (view,) = run.seen(config, [open_corpus(tmp_path / "wine")])
+    assert resolved.data.context == 13
+    fitted = run.fit_of(view)
+    assert fitted is not None
+    assert len(fitted["mean"]) == 13
+
+    changed = {"mean": [0.0] * 13, "std": [2.0] * 13}
+    parameters = torch.nn.Linear(1, 1)
+    store = Checkpoints(config.folder / run.CHECKPOINTS, config.checkpoint, note=print)
+    engine = engines.make(
+        config.engine, parameters, optimizer=config.optimizer, place=ALONE, micro_batch=1, accumulation=1, seed=0
+    )
+    store.prepare(engine)
+    store.save(engine, step=1, state={"fit": changed})
+    store.close()
+    stored = run.stored_fit(config)
+    assert stored == changed
+    _, (again,) = run.seen(config, [open_corpus(tmp_path / "wine")], stored=stored)
+    x = again.split("valid").fetch(np.arange(4), 13).x_BT.numpy()
+    plain = open_corpus(tmp_path / "wine").split("valid").fetch(np.arange(4), 13).x_BT.numpy()
+    np.testing.assert_array_equal(x, plain / 2)
+    assert run.alike(open_corpus(tmp_path / "wine"), again).measure == again.measure
