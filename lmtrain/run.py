@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
     threads = set_threads(place, environment)
     if place.world > 1:
         stopping.die_with_parent()
-    config, corpora = seen(config, corpora_for(config, place))
+    config, corpora = seen(config, corpora_for(config, place), stored=stored_fit(config))
     loader = Loader(corpora, config.data, seed=train_config.seed)
     micro_batch, accumulation = config.data.layout(place.world)
     spec = spec_of(corpora[0], config)
@@ -137,6 +137,16 @@ def generated_json(config: RunConfig, *, world: int) -> dict[str, Any] | None:
 def _peak(config: RunConfig, engine: Engine) -> hardware.Peak:
     one = hardware.peak(engine.device, precision=config.engine.precision)
     return hardware.Peak(one.flops * engine.world, one.meaning)
+
+
+def stored_fit(config: RunConfig) -> Mapping[str, Any] | None:
+    """What the run fitted when it began, the same in all of its checkpoints; None when it is new or fits nothing."""
+    if config.data.view.standardise:
+        for saved in Checkpoints(config.folder / CHECKPOINTS, config.checkpoint, note=say).list():
+            with suppress(CheckpointError):
+                fit: Mapping[str, Any] | None = saved.manifest().state.get("fit")
+                return fit
+    return None
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------

@@ -21,8 +21,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from lmtrain import errors
+from lmtrain import errors, models
 from lmtrain.console import Console
+from lmtrain.data.layout import KINDS
+from lmtrain.data.record_sources import KINDS as RECORD_KINDS
 from lmtrain.fleet import COLUMNS, Fleet, WatchConfig
 from lmtrain.hardware import MEASURED, Peak
 from lmtrain.journal import METRICS, read
@@ -188,6 +190,36 @@ def test_the_package(check: Check) -> None:
     assert len(PACKAGE) > 40
     found = [f for path in PACKAGE for f in faults(check, path.read_text(), str(path.relative_to(ROOT / "lmtrain")))]
     assert not found, "\n".join(found)
+
+
+def kinds_named(source: str, kinds: set[str]) -> set[str]:
+    """The kinds that code compares with, as whole strings, or imports; docstrings may speak of them."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in kinds:
+            found.add(node.value)
+        if isinstance(node, ast.Compare) and any(dotted(one).endswith("corpus.kind") for one in ast.walk(node)):
+            found.add("corpus.kind")
+        if isinstance(node, ast.alias):
+            found |= set(node.name.split(".")) & kinds
+    return found
+
+
+def test_what_trains_and_scores_names_no_model_and_no_kind_of_corpus() -> None:
+    kinds = {*models.kinds(), *KINDS, *RECORD_KINDS}
+    assert {"gpt", "rnn", "text", "image", "table", "digits"} <= kinds
+    package = ROOT / "lmtrain"
+    blind = [package / name for name in ("train.py", "data/order.py", "data/loader.py", "inference/score.py")]
+    blind += [*sorted((package / "engine").glob("*.py")), *sorted((package / "checkpoint").glob("*.py"))]
+    assert len(blind) > 20
+    assert kinds_named("if corpus.kind == 'text':\n    import lmtrain.models.gpt", kinds) == {
+        "text",
+        "corpus.kind",
+        "gpt",
+    }
+    assert kinds_named("from lmtrain.models import rnn\nkind = 'digits'", kinds) == {"rnn", "digits"}
+    named = {str(path.relative_to(package)): kinds_named(path.read_text(), kinds) for path in blind}
+    assert {path: found for path, found in named.items() if found} == {}
 
 
 def test_no_file_is_too_long() -> None:

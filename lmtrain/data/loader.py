@@ -25,7 +25,7 @@ from lmtrain.config import Config
 from lmtrain.data import order
 from lmtrain.data.rows import PreparedSplit, Rows
 from lmtrain.data.shelf import RemoteConfig
-from lmtrain.data.view import View, ViewConfig, ViewSplit
+from lmtrain.data.view import TRAINING, View, ViewConfig, ViewSplit
 from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.protocol import Batch, Cond, Corpus
 
@@ -278,7 +278,7 @@ class Loader:
             )
         if self._view is not None:
             place_B = kept.step * self.config.global_batch + np.arange(these.start, these.stop)
-            batch = self._view.see(batch, seed=self._seed, place_B=place_B, use="train")
+            batch = self._view.see(batch, seed=self._seed, place_B=place_B, use=TRAINING)
         return replace(batch, index=index) if index else batch
 
     def announce(self, step: int, rank: int, world: int) -> None:

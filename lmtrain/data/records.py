@@ -67,6 +67,8 @@ def prepare_records(config: PrepareConfig, folder: Path, progress: Progress) -> 
     split = config.split
     opened = open_source(config.source, fold=split.fold if split.folds is None else None)
     kind = split.kind if split.kind != "auto" else "hash" if split.folds or not _splits(opened) else "source"
+    if kind == "source" and not opened.brings:
+        raise ConfigError(f"split.kind = source, but the source {config.source.kind} brings no split; use hash")
     written, shape, digest, labels, counted = _write(
         opened, config, folder, progress, group=group_of if kind == "source" else lambda name: 0
     )

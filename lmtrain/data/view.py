@@ -25,6 +25,8 @@ from lmtrain.errors import ConfigError, CorpusError, InputError
 from lmtrain.protocol import Batch, Corpus, Measure, Split
 
 _ROWS = 1024
+TRAINING = "training"
+"""The use of records that are trained on; every other is an evaluation, of a split."""
 
 
 class ViewConfig(Config):
@@ -83,6 +85,11 @@ class View:
 
     def __init__(self, corpus: Corpus, config: ViewConfig, *, fit: Fit | None = None) -> None:
         _check(corpus, config)
+        if fit is not None and len(fit.mean) != corpus.record:
+            raise ConfigError(
+                f"the run was standardised over {len(fit.mean)} dimensions, and a {corpus.unit} of {corpus.path} has "
+                f"{corpus.record}; give the run's own corpus"
+            )
         self.corpus, self.config, self.fit = corpus, config, fit
         self.path: PurePath = corpus.path
         self.fingerprint, self.kind, self.grid = corpus.fingerprint, corpus.kind, corpus.grid
@@ -96,22 +103,21 @@ class View:
     @property
     def meaning(self) -> str:
         """The corpus's own, and what is made of it: another view is other data."""
-        return f"{self.corpus.meaning}; {self._words}"
+        return f"{self.corpus.meaning}; {self._words('')}"
 
-    @property
-    def _words(self) -> str:
+    def _words(self, seed: str) -> str:
         config, words = self.config, []
         if config.levels:
             words.append(f"{config.levels} levels")
         if config.binarise == "threshold":
             words.append(f"binarised at {config.threshold:g}")
         if config.binarise == "draw":
-            words.append(f"binarised by draw, seed {config.seed}")
+            words.append(f"binarised by draw{seed}")
         if config.dequantise:
-            words.append(f"dequantised, seed {config.seed}")
+            words.append(f"dequantised{seed}")
         if config.standardise:
             words.append("standardised")
-        return ", ".join(words) or "as it is"
+        return ", ".join(words)
 
     @property
     def symbol_dims(self) -> int:
@@ -131,7 +137,7 @@ class View:
         if self.fit is not None:
             offset += math.fsum(math.log(value) for value in self.fit.std)
         kind: Any = "bound" if self.config.dequantise else self.corpus.measure.kind
-        return Measure(kind, offset, "" if self._words == "as it is" else self._words)
+        return Measure(kind, offset, self._words(f" with seed {self.config.seed}"))
 
     def pieces(self) -> list[bytes]:
         """None: records do not stand for bytes."""
@@ -154,7 +160,7 @@ class View:
     def apply(self, x_BD: np.ndarray, *, seed: int, place_B: np.ndarray, use: str) -> np.ndarray:
         """Records as the model reads them, int64 or float32 [B, D].
 
-        use: "train", whose noise depends on the position in the run, or what distinguishes evaluated rows (the split).
+        use: TRAINING, when `place_B` is the position in the run, or what tells evaluated sets apart: the split's name.
         """
         config, count = self.config, x_BD.shape[1]
 
@@ -163,9 +169,9 @@ class View:
 
         if config.levels:
             x_BD = transforms.fewer_levels(x_BD, alphabet=self.corpus.alphabet, levels=config.levels)
-        if use == "train" and config.flip:
+        if use == TRAINING and config.flip:
             x_BD = transforms.flip(x_BD, grid=self.grid or (), noise_B=noise("flip", 1)[:, 0])
-        if use == "train" and config.shift:
+        if use == TRAINING and config.shift:
             x_BD = transforms.shift(x_BD, grid=self.grid or (), most=config.shift, noise_B2=noise("shift", 2))
         if config.binarise == "threshold":
             return transforms.threshold(x_BD, alphabet=self.levels, at=config.threshold)
@@ -202,6 +208,7 @@ class ViewSplit:
         self.view, self.inner = view, inner
         self.name, self.symbols, self.documents = inner.name, inner.symbols, inner.documents
         self.words, self.bytes = inner.words, inner.bytes
+        self._use = f"split {inner.name}"
 
     def rows(self, context: int) -> int:
         """How many records; ConfigError when they have another length."""
@@ -214,7 +221,7 @@ class ViewSplit:
     def fetch(self, index_B: np.ndarray, context: int, *, masking: bool = False) -> Batch:
         """The rows `index_B`."""
         batch = self.inner.fetch(index_B, context, masking=masking)
-        return self.view.see(batch, seed=self.view.config.seed, place_B=np.asarray(index_B, np.int64), use=self.name)
+        return self.view.see(batch, seed=self.view.config.seed, place_B=np.asarray(index_B, np.int64), use=self._use)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Symbols of [start, stop) of the concatenation: of whole records, cut to size."""
@@ -222,7 +229,7 @@ class ViewSplit:
         assert size is not None
         low, high = start // size, -(-stop // size)
         x_BT = self.inner.read(low * size, min(high * size, self.symbols)).reshape(-1, size)
-        seen = self.view.apply(x_BT, seed=self.view.config.seed, place_B=np.arange(low, high), use=self.name)
+        seen = self.view.apply(x_BT, seed=self.view.config.seed, place_B=np.arange(low, high), use=self._use)
         return seen.reshape(-1)[start - low * size : stop - low * size]
 
     def start_symbol(self, position: int) -> int:

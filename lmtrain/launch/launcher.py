@@ -239,7 +239,9 @@ class Launch:
         train, _ = need_train(self.config)
         try:
             step = self._step()
-            return bool(step) and step >= train.length(self.config.data.global_batch * self._context())
+            if not step:
+                return False
+            return step >= (train.steps or train.length(self.config.data.global_batch * self._context()))
         except CheckpointError:
             return False
 
