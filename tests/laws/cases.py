@@ -25,7 +25,8 @@ from lmtrain.protocol import Cond, Draws, Model, Spec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MOST_OUTCOMES = 4096
-PUSH = 0.4
+PUSH, REAL_PUSH = 0.4, 0.2
+"""How far parameters are pushed. Scales are exponentials of a network: less, or no grid would hold their tails."""
 KEYS = {"alphabet", "context", "record", "grid", "labels", "model"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rnn-gru": {"alphabet": 3, "context": 4, "model": {
         "kind": "rnn", "cell": "gru", "layers": 2, "width": 16, "tied": False
     }},
+    "fvsbn": {"alphabet": 2, "record": 8, "model": {"kind": "fvsbn"}},
+    "fvsbn-classes": {"alphabet": 2, "record": 6, "labels": 3, "model": {"kind": "fvsbn", "conditional": True}},
+    "nade": {"alphabet": 2, "record": 8, "labels": 2, "model": {"kind": "nade", "width": 16}},
+    "nade-classes": {"alphabet": 2, "record": 6, "labels": 3, "model": {
+        "kind": "nade", "width": 16, "conditional": True
+    }},
+    "rnade": {"alphabet": 0, "record": 4, "model": {"kind": "rnade", "width": 16, "components": 3}},
+    "rnade-logistics": {"alphabet": 0, "record": 3, "labels": 2, "model": {
+        "kind": "rnade", "width": 16, "components": 3, "head": "logistics", "conditional": True
+    }},
+    "made": {"alphabet": 2, "record": 8, "model": {"kind": "made", "width": 64}},
+    "made-levels": {"alphabet": 3, "record": 5, "labels": 2, "model": {
+        "kind": "made", "width": 24, "layers": 2, "ordering": "drawn", "direct": True, "conditional": True,
+        "activation": "sigmoid",
+    }},
+    "made-orderings": {"alphabet": 2, "record": 6, "labels": 2, "model": {
+        "kind": "made", "width": 48, "masks": 3, "ordering": "drawn", "orderings": "each", "conditional": True
+    }},
+    "made-masks": {"alphabet": 3, "record": 4, "model": {
+        "kind": "made", "width": 48, "masks": 3, "layers": 2, "direct": True
+    }},
 }  # fmt: skip
 
 
@@ -59,10 +81,11 @@ class Case:
     config: bool = False
     whole: bool = False
 
-    def build(self, *, seed: int = 0, push: float = PUSH) -> Model:
+    def build(self, *, seed: int = 0, push: float | None = None) -> Model:
         """The model, its parameters pushed away from where every symbol is equally probable; without dropout."""
         torch.manual_seed(seed)
         model = models.build(models.parse(self.model), self.spec)
+        push = (REAL_PUSH if self.real else PUSH) if push is None else push
         if push:
             with torch.no_grad():
                 for p in model.parameters():

@@ -25,7 +25,7 @@ def predict(model: Model, x_BT: Tensor, cond: Cond) -> Tensor:
 
 
 def says(distribution: Distribution, *, batch: int, real: bool) -> Tensor:
-    """[B, ...] what it says: the log-probability of every symbol; of a density, some quantiles and log p around them."""
+    """[B, ...] what it says: log p of every symbol; of a density, some quantiles, and log p around one of them."""
     if not real:
         return distribution.log_pmf()
     quantiles = [distribution.sample(torch.full((batch,), u, dtype=torch.float64)) for u in (0.05, 0.4, 0.9)]

@@ -111,7 +111,7 @@ def test_the_label_matters_to_a_conditional_model_alone(case: Case):
 
 @every
 def test_one_batch_can_be_overfitted(case: Case):
-    model = case.build(push=0.0)
+    """At one of three rates: a single layer of large weights takes longer steps than a deep network can bear."""
     x_BT, cond = case.rows(100, seed=8)
     # A network that knows no absolute position cannot count how often its first input is repeated (models/gpt.py).
     six = (x_BT[:, 0] != cond.start_B).nonzero()[:6, 0]
@@ -120,7 +120,7 @@ def test_one_batch_can_be_overfitted(case: Case):
     if case.real:
         # Better by a nat a symbol than the best independent Gaussians.
         floor = (x_BT.double().std(dim=0, correction=0).log() + 0.5 * math.log(2 * math.pi * math.e)).sum().item()
-        assert train(model, x_BT, cond, steps=300, lr=1e-2) < floor - case.spec.context
+        assert train(case.build(push=0.0), x_BT, cond, steps=200, lr=2e-2) < floor - case.spec.context
         return
     told_apart = label_B.tolist() if label_B is not None and case.conditional else [0] * len(six)
     begins = list(zip(cond.start_B.tolist(), told_apart, strict=True))
@@ -128,8 +128,12 @@ def test_one_batch_can_be_overfitted(case: Case):
     of_begin, of_row = Counter(begins), Counter(zip(begins, rows, strict=True))
     # Rows that begin alike cannot be told apart at first: the entropy of rows given their beginnings is the floor.
     floor = sum(math.log(of_begin[b] / of_row[b, r]) for b, r in zip(begins, rows, strict=True)) / len(rows)
-    reached = train(model, x_BT, cond, steps=150, lr=1e-2)
-    assert floor - 1e-4 < reached < floor + 0.1
+    for lr in (1e-2, 1e-1, 5e-1):
+        reached = train(case.build(push=0.0), x_BT, cond, steps=150, lr=lr)
+        assert floor - 1e-4 < reached
+        if reached < floor + 0.1:
+            return
+    assert reached < floor + 0.1
 
 
 @every

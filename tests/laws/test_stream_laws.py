@@ -26,10 +26,11 @@ def test_stream_is_forward(case: Case):
     for stream in (model.stream(8, cond=cond), recomputing(case, 8, cond)):
         for t in order:
             got = stream.distribution()
-            torch.testing.assert_close(says(got, batch=8, real=real), answer[t], atol=1e-5, rtol=1e-5)
+            said = says(got, batch=8, real=real)
+            torch.testing.assert_close(said, answer[t], atol=1e-5, rtol=1e-5)
             want = model.distribution(params_BT[:, t]).log_prob(x_BT[:, t])
             torch.testing.assert_close(got.log_prob(x_BT[:, t]), want, atol=1e-5, rtol=1e-5)
-            assert says(got, batch=8, real=real).dtype == torch.float32
+            assert said.dtype == torch.float32
             stream.push(x_BT[:, t])
     # Pushes that nobody asks about in between are the same.
     for asked in range(case.spec.context):
