@@ -44,17 +44,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rnn-gru": {"alphabet": 3, "context": 4, "model": {
         "kind": "rnn", "cell": "gru", "layers": 2, "width": 16, "tied": False
     }},
-    "fvsbn": {"alphabet": 2, "record": 8, "model": {"kind": "fvsbn"}},
     "fvsbn-classes": {"alphabet": 2, "record": 6, "labels": 3, "model": {"kind": "fvsbn", "conditional": True}},
-    "nade": {"alphabet": 2, "record": 8, "labels": 2, "model": {"kind": "nade", "width": 16}},
     "nade-classes": {"alphabet": 2, "record": 6, "labels": 3, "model": {
         "kind": "nade", "width": 16, "conditional": True
     }},
-    "rnade": {"alphabet": 0, "record": 4, "model": {"kind": "rnade", "width": 16, "components": 3}},
     "rnade-logistics": {"alphabet": 0, "record": 3, "labels": 2, "model": {
         "kind": "rnade", "width": 16, "components": 3, "head": "logistics", "conditional": True
     }},
-    "made": {"alphabet": 2, "record": 8, "model": {"kind": "made", "width": 64}},
+    "made": {"alphabet": 2, "record": 8, "labels": 2, "model": {"kind": "made", "width": 64}},
     "made-levels": {"alphabet": 3, "record": 5, "labels": 2, "model": {
         "kind": "made", "width": 24, "layers": 2, "ordering": "drawn", "direct": True, "conditional": True,
         "activation": "sigmoid",
