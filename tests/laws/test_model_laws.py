@@ -84,10 +84,8 @@ def test_every_channel_matters_to_the_later_ones_of_its_pixel_and_to_the_next_pi
                 assert not torch.equal(changed[:, (pixel + 1) * C], params[:, (pixel + 1) * C])
 
 
-@every
+@pytest.mark.parametrize("case", [case for case in CASES if case.text], ids=lambda case: case.name)
 def test_the_start_symbol_matters(case: Case):
-    if not case.text:
-        pytest.skip("records have one start")
     model = case.pushed
     x_BT, cond = case.rows(16, seed=4)
     other = Cond((cond.start_B + 1) % case.spec.alphabet)
