@@ -17,6 +17,8 @@ from lmtrain import models
 from lmtrain.engine import EngineConfig, OptimizerConfig, make
 from lmtrain.errors import CheckpointError
 from lmtrain.protocol import Batch, Cond, Engine, Fragment, Model, Place, Spec, StepReport, Weights
+from tests.laws.cases import Case
+from tests.laws.cases import cases as law_cases
 
 ALPHABET, CONTEXT, ROWS = 29, 12, 12
 SAVED, AFTER = 3, 6
@@ -117,40 +119,54 @@ class Odd(Model):
 
 
 def small_model(name: str, *, seed: int = 1, **changes: Any) -> Model:
-    """A model of a few thousand parameters, the same for the same arguments."""
+    """A model of a few thousand parameters, the same for the same arguments. `law:<case>`: a case of tests/laws."""
     torch.manual_seed(seed)
+    case = None
     if name == "odd":
         model: Model = Odd(seed)
+    elif name.startswith("law:"):
+        (case,) = (case for case in law_cases() if case.name == name.removeprefix("law:"))
+        model = models.build(models.parse(case.model | changes), case.spec)
     else:
         config = models.parse(SMALL[name] | changes)
         model = models.build(config, spec=Spec(alphabet=ALPHABET, context=CONTEXT, bos=ALPHABET - 1))
     with torch.no_grad():
         for p in model.parameters():  # away from zero projections: every parameter has a gradient from the first step
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel() + seed)), alpha=0.02)
-    model.spoil = False
+    model.spoil, model.law = False, case
     model.register_forward_hook(lambda model, given, out: _NaNGradient.apply(out) if model.spoil else out)
     return model
 
 
-def batches_of(step: int, *, micro: int) -> list[Batch]:
-    """The global batch of a step as micro-batches: random text, very uneven weights, one row nearly padding."""
+def batches_of(step: int, *, micro: int, case: Case | None = None) -> list[Batch]:
+    """The global batch of a step as micro-batches: random text, very uneven weights, one row nearly padding.
+
+    case: whose rows these are, instead.
+    """
     g = torch.Generator().manual_seed(1000 + step)
-    x_BT = torch.randint(ALPHABET - 1, (ROWS, CONTEXT), generator=g)
-    x_BT[:, 1::2] = (x_BT[:, 0::2] * 3 + 1) % (ALPHABET - 1)  # something to learn
-    weight_BT = (torch.rand(ROWS, CONTEXT, generator=g) < torch.linspace(0.1, 1.0, ROWS)[:, None]).float()
+    label_B = None
+    if case is None:
+        x_BT = torch.randint(ALPHABET - 1, (ROWS, CONTEXT), generator=g)
+        x_BT[:, 1::2] = (x_BT[:, 0::2] * 3 + 1) % (ALPHABET - 1)  # something to learn
+    else:
+        x_BT, cond = case.rows(ROWS, seed=1000 + step)
+        label_B = cond.label_B
+    weight_BT = (torch.rand(x_BT.shape, generator=g) < torch.linspace(0.1, 1.0, ROWS)[:, None]).float()
     weight_BT[-1, 2:] = 0
-    start_B = torch.randint(ALPHABET, (ROWS,), generator=g)
-    return [
-        Batch(x_BT[i : i + micro], weight_BT[i : i + micro], Cond(start_B[i : i + micro]), index=i)
-        for i in range(0, ROWS, micro)
-    ]
+    start_B = torch.randint(ALPHABET, (ROWS,), generator=g) if case is None else cond.start_B
+    batches = []
+    for i in range(0, ROWS, micro):
+        part = slice(i, i + micro)
+        cond = Cond(start_B[part], None, None if label_B is None else label_B[part])
+        batches.append(Batch(x_BT[part], weight_BT[part], cond, index=i))
+    return batches
 
 
 def one_step(
     engine: Engine, step: int, *, micro: int, poison: int | None = None, spoil: int | None = None
 ) -> StepReport:
     """Step `step`. poison: index of the micro-batch whose loss becomes NaN. spoil: the rank whose gradients do."""
-    batches = batches_of(step, micro=micro)
+    batches = batches_of(step, micro=micro, case=getattr(engine.model, "law", None))
     total = sum(float(b.weight_BT.sum()) for b in batches)
     if poison is not None:
         batches[poison].weight_BT[0, 0] = math.nan
@@ -212,7 +228,9 @@ def score(engine: Engine, *, micro: int, weights: Weights = "raw") -> float:
     with engine.evaluating(weights=weights) as model:
         assert not model.training
         parts = [
-            model(b.x_BT, cond=b.cond).double() * b.weight_BT for s in (77, 78) for b in batches_of(s, micro=micro)
+            model(b.x_BT, cond=b.cond).double() * b.weight_BT
+            for s in (77, 78)
+            for b in batches_of(s, micro=micro, case=getattr(engine.model, "law", None))
         ]
         assert not any(p.requires_grad for p in parts)
     assert engine.model.training

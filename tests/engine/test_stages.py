@@ -10,6 +10,7 @@ import torch
 
 from lmtrain.protocol import Place
 from tests.engine.jobs import AFTER, SAVED, Reader, run_case
+from tests.laws.cases import cases as law_cases
 from tests.spawn import spawn
 
 MUON = {"kind": "muon", "lr": 0.02, "adamw_lr": 3e-3, "momentum_warmup": 10}
@@ -135,6 +136,25 @@ def test_variants_are_plain(plain: Any, tmp_path: Path, stage: int) -> None:
         more = {"label": "gpt-params", "micro": 3, "deepspeed": {"zero_optimization": added}}
         todo.append(CASES["gpt"] | {"steps": 8} | more)
     compare(plain, stage, 2, todo, relative=1e-6, folder=tmp_path)
+
+
+def kinds(names: list[str] | None = None) -> list[dict[str, Any]]:
+    """Cases of the laws, of every kind of model, as cases of this file: eight steps on micro-batches of three rows."""
+    found = [case.name for case in law_cases() if names is None or case.name in names]
+    assert names is None or len(found) == len(names)
+    return [{"model": f"law:{n}", "steps": AFTER + 2, "label": f"law-{n}", "micro": 3} for n in found]
+
+
+@pytest.mark.slow
+def test_a_few_kinds_are_plain(plain: Any, tmp_path: Path) -> None:
+    """A mixture of orderings, trained on masks drawn by each micro-batch's noise; densities of reals, of classes."""
+    compare(plain, 3, 2, kinds(["made-orderings", "rnade-logistics"]), relative=1e-6, folder=tmp_path)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_kind_is_plain(plain: Any, tmp_path: Path, stage: int) -> None:
+    compare(plain, stage, 2, kinds(), relative=1e-6, folder=tmp_path)
 
 
 @pytest.mark.slow
