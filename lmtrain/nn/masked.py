@@ -106,19 +106,30 @@ class CausalConv(nn.Module):
         self.length = nn.Parameter(torch.full((outputs,), gain)) if weight_norm else None
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
-    def forward(self, h_BFHW: Tensor, at: RowCache | None = None) -> Tensor:
-        """[B, outputs, H, W]. With `at`: h is [B, F, 1, n], the maps of n columns at that place; so is the answer."""
+    def forward(self, h_BFHW: Tensor, at: RowCache | None = None, *, bordered: bool = False) -> Tensor:
+        """[B, outputs, H, W]. With `at`: h is [B, F, 1, n], the maps of n columns at that place; so is the answer.
+
+        bordered: h holds what is around the outputs (`crop`), kh - 1 more rows and kw - 1 more columns than they are.
+        """
         kh, kw = self.kernel
         weight, bias = self._weight()
-        h_BFHW = h_BFHW.to(weight.dtype)
-        if at is None:
-            h_BFHW = F.pad(h_BFHW, (self.left, self.right, kh - 1, 0))
-        elif kh * kw > 1:
+        if at is not None and kh * kw > 1:
             h_BFHW = at.window(self, h_BFHW, rows=kh, left=self.left, right=self.right)
+        elif not bordered:
+            h_BFHW = F.pad(h_BFHW, (self.left, self.right, kh - 1, 0))
+        h_BFHW = h_BFHW.to(weight.dtype)
         if not self.wide:
             return self._convolve(h_BFHW, weight, bias)
         with torch.autocast(h_BFHW.device.type, enabled=False):
             return self._convolve(h_BFHW, weight, bias)
+
+    def near(self, h_BFHW: Tensor, row: int, column: int, *, columns: int = 1) -> Tensor:
+        """What outputs (row, column .. column + columns - 1) read of the maps [B, F, H, W], for `bordered`."""
+        return crop(
+            h_BFHW,
+            rows=(row - self.kernel[0] + 1, row + 1),
+            columns=(column - self.left, column + columns + self.right),
+        )
 
     def _convolve(self, h_BFHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if h_BFHW.shape[2:] == weight.shape[2:]:  # one pixel: far cheaper as a product
@@ -175,6 +186,12 @@ class MaskedConv(CausalConv):
             wide=wide,
             mask=None if bool(mask.all()) else mask,
         )
+
+
+def crop(h_BFHW: Tensor, *, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+    """Rows and columns [from, to) of the maps, zero outside of them."""
+    height, width = h_BFHW.shape[2:]
+    return F.pad(h_BFHW, (-columns[0], columns[1] - width, -rows[0], rows[1] - height))
 
 
 def down(h_BFHW: Tensor) -> Tensor:
