@@ -131,6 +131,10 @@ class CausalConv(nn.Module):
             columns=(column - self.left, column + columns + self.right),
         )
 
+    def keep(self, h_BFHW: Tensor, at: RowCache) -> None:
+        """What forward does to the cache, without an answer: for places that a strided convolution passes over."""
+        at.window(self, h_BFHW, rows=self.kernel[0], left=self.left, right=self.right)
+
     def _convolve(self, h_BFHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if h_BFHW.shape[2:] == weight.shape[2:]:  # one pixel: far cheaper as a product
             return F.linear(h_BFHW.flatten(1), weight.flatten(1), bias)[:, :, None, None]
@@ -145,10 +149,43 @@ class CausalConv(nn.Module):
         if self.mask is not None:
             weight = weight * self.mask.to(weight.dtype)
         if self.length is not None:
-            direction = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            scale_O = self.length * (direction.square().sum((1, 2, 3)) + 1e-12).rsqrt()
-            weight = (direction * scale_O[:, None, None, None]).to(weight.dtype)
+            weight = _of_length(weight, self.length, outputs=0)
         return weight, bias
+
+
+def _of_length(weight: Tensor, length: Tensor, *, outputs: int) -> Tensor:
+    """The weights of each output (dimension `outputs`) divided by their norm, times its length [3]."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    others = [dim for dim in range(4) if dim != outputs]
+    norm = (wide.square().sum(others, keepdim=True) + 1e-12).sqrt()
+    return (wide * (length.view([-1 if dim == outputs else 1 for dim in range(4)]) / norm)).to(weight.dtype)
+
+
+class CausalUp(nn.Module):
+    """A transposed convolution of stride 2: every pixel becomes 2 x 2 [2].
+
+    Row i of the input reaches rows 2i and 2i + 1; column j reaches 2j - 1 .. 2j + 1 (`sideways`, for maps that are a
+    row behind) or 2j and 2j + 1.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, sideways: bool, weight_norm: bool = False) -> None:
+        super().__init__()
+        self.left = 1 if sideways else 0
+        kw = 3 if sideways else 2
+        self.products = inputs * outputs * 2 * kw
+        self.weight = nn.Parameter(torch.empty(inputs, outputs, 2, kw))
+        normal_(self.weight, std=(inputs * kw / 2) ** -0.5)  # an output is reached from kw / 2 columns
+        first = torch.full((outputs,), 2.0)  # of the 2 kw products that share a length an output adds up kw / 2
+        self.length = nn.Parameter(first) if weight_norm else None
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, h_BFHW: Tensor, height: int, width: int) -> Tensor:
+        """[B, outputs, height, width], cut from twice the input's size."""
+        weight: Tensor = self.weight
+        if self.length is not None:
+            weight = _of_length(weight, self.length, outputs=1)
+        out_BFHW = F.conv_transpose2d(h_BFHW, weight, self.bias, stride=2)
+        return out_BFHW[:, :, :height, self.left : self.left + width]
 
 
 class MaskedConv(CausalConv):

@@ -1,6 +1,7 @@
 """The PixelCNN family: what each pixel reads, against definitions by loops, pixel by pixel, channel by channel."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from lmtrain.protocol import Cond, Spec
 SMALL = {
     "pixelcnn": {"kind": "pixelcnn", "blocks": 2, "width": 12, "head_width": 8},
     "gated_pixelcnn": {"kind": "gated_pixelcnn", "layers": 3, "width": 7, "head_width": 8},
+    "pixelcnn_pp": {"kind": "pixelcnn_pp", "scales": 3, "layers": 1, "width": 8, "components": 3},
 }
+softmax = pytest.mark.parametrize("kind", ["pixelcnn", "gated_pixelcnn"])
 every = pytest.mark.parametrize("kind", list(SMALL))
 
 
@@ -64,7 +67,8 @@ def test_probabilities_of_all_images_sum_to_one(kind, grid, alphabet):
 def test_each_channel_reads_what_comes_before_and_nothing_else(kind):
     """All of it, in a small image: every earlier pixel, and the earlier channels of its own."""
     grid = (2, 2, 3)
-    model = make(kind, grid, width=24, head_width=48)  # wide enough that no path is cut by a ReLU
+    wide = {"head_width": 48} if "head_width" in SMALL[kind] else {}
+    model = make(kind, grid, width=24, **wide)  # wide enough that no path is cut by a ReLU
     x_BT, cond = rows(grid, 16)
     with torch.no_grad():
         params, logp = model.predict(x_BT, cond=cond), model(x_BT, cond=cond)
@@ -89,7 +93,7 @@ def read_at(model, grid, r, c):
         pixel = torch.arange(H * W)
         x_BT[pixel, pixel] = (x_BT[pixel, pixel] + 1) % 4
         got = model.predict(x_BT, cond=cond)[:, r * W + c]
-    return (got != want).any(1).view(H, W).numpy()
+    return (got != want).flatten(1).any(1).view(H, W).numpy()
 
 
 def before(r, c, *, H, W):
@@ -230,11 +234,126 @@ def test_gated_pixelcnn_by_loops(channels):
     assert_logits(model, x_BT, cond, out, grid)
 
 
+def elu2(a):
+    both = np.concatenate([a, -a], axis=1)
+    return np.where(both > 0, both, np.expm1(np.minimum(both, 0)))
+
+
+def plain(h, conv):
+    """Every weight read; the weights of each output scaled to its length."""
+    weight = conv.weight.detach()
+    norm = weight.flatten(1).norm(dim=1)
+    scaled = SimpleNamespace(
+        weight=weight * (conv.length.detach() / norm).view(-1, 1, 1, 1), bias=conv.bias, left=conv.left
+    )
+    return masked(h, scaled, mask=None, from_channel=None, to_channel=None)
+
+
+def grown(h, up, H, W):
+    """Stride 2: pixel (i, j) is added to rows 2i, 2i + 1 and columns 2j - left .. of the output, by its weights."""
+    weight = up.weight.detach().numpy()
+    weight = weight / np.sqrt((weight**2).sum((0, 2, 3), keepdims=True)) * up.length.detach().numpy()[:, None, None]
+    out = np.zeros((len(h), weight.shape[1], H, W)) + up.bias.detach().numpy()[:, None, None]
+    for i, j, a, d in np.ndindex(*h.shape[2:], *weight.shape[2:]):
+        y, x = 2 * i + a, 2 * j + d - up.left
+        if y < H and 0 <= x < W:
+            out[:, :, y, x] += h[:, :, i, j] @ weight[:, :, a, d]
+    return out
+
+
+def pp_layer(h, layer, beside):
+    a = plain(elu2(h), layer.first)
+    if beside is not None:
+        a = a + plain(elu2(beside), layer.beside)
+    a = plain(elu2(a), layer.second)
+    half = a.shape[1] // 2
+    return h + a[:, :half] * sigmoid(a[:, half:])
+
+
+def pp_maps(model, x):
+    """Both stacks side by side, as the paper's figure 2 draws them: down with everything kept, then up."""
+    down, right = np.zeros_like(x), np.zeros_like(x)
+    down[:, :, 1:], right[..., 1:] = x[:, :, :-1], x[..., :-1]
+    u, ul = plain(down, model.first_above), plain(down, model.first_row) + plain(right, model.first_left)
+    kept, sizes, scale, path = [(u, ul)], [], model.scales, []
+    while True:
+        for v, h in zip(scale.vertical_down, scale.horizontal_down, strict=True):
+            u = pp_layer(u, v, None)
+            ul = pp_layer(ul, h, u)
+            kept.append((u, ul))
+        path.append(scale)
+        if scale.coarser is None:
+            break
+        sizes.append(u.shape[2:])
+        u = plain(u, scale.vertical_shrink)[:, :, ::2, ::2]
+        ul = plain(ul, scale.horizontal_shrink)[:, :, ::2, ::2]
+        kept.append((u, ul))
+        scale = scale.coarser
+    u, ul = kept.pop()
+    for scale in reversed(path):
+        if scale.coarser is not None:
+            H, W = sizes.pop()
+            u, ul = grown(u, scale.vertical_grow, H, W), grown(ul, scale.horizontal_grow, H, W)
+        for v, h in zip(scale.vertical_up, scale.horizontal_up, strict=True):
+            old_u, old_ul = kept.pop()
+            u = pp_layer(u, v, old_u)
+            ul = pp_layer(ul, h, np.concatenate([u, old_ul], axis=1))
+    assert not kept
+    return plain(np.where(ul > 0, ul, np.expm1(np.minimum(ul, 0))), model.lm_head)
+
+
+@pytest.mark.parametrize(("grid", "scales"), [((3, 4, 1), 1), ((4, 4, 3), 2), ((3, 5, 3), 3)])
+def test_pixelcnn_pp_by_loops_and_the_joint_of_a_pixel(grid, scales):
+    (H, W, C), V, K = grid, 6, 2
+    model = make("pixelcnn_pp", grid, alphabet=V, scales=scales, width=3, components=K).double()
+    x_BT, cond = rows(grid, 2, alphabet=V)
+    out = pp_maps(model, inputs(x_BT, grid, V)).reshape(2, K, -1, H, W)
+    place = x_BT.numpy().reshape(2, H, W, C) * 2 / (V - 1) - 1
+    with torch.no_grad():
+        got = model(x_BT, cond=cond).view(2, H, W, C).sum(-1).numpy()
+    for b, r, c in np.ndindex(2, H, W):
+        p = out[b, :, :, r, c]
+        weight = np.exp(p[:, 0]) / np.exp(p[:, 0]).sum()
+        k, x = np.tanh(p[:, 1 + 2 * C :]), place[b, r, c]
+        joint = weight
+        for i in range(C):
+            mean = p[:, 1 + i] + sum(k[:, i * (i - 1) // 2 + j] * x[j] for j in range(i))
+            scale = np.exp(p[:, 1 + C + i])
+            high = 1.0 if x[i] > 0.999 else sigmoid((x[i] + 1 / (V - 1) - mean) / scale)
+            low = 0.0 if x[i] < -0.999 else sigmoid((x[i] - 1 / (V - 1) - mean) / scale)
+            joint = joint * (high - low)
+        assert got[b, r, c] == pytest.approx(math.log(joint.sum()), abs=1e-5)
+
+
+def test_pixelcnn_pp_has_no_blind_spot():
+    H, W = 6, 9
+    grid = (H, W, 1)
+    for keys in ({"scales": 3, "layers": 2}, {"scales": 1, "layers": 5}):
+        model = make("pixelcnn_pp", grid, **keys).double()
+        for r, c in [(5, 1), (5, 4), (3, 0), (0, 7), (5, 8), (4, 3)]:
+            assert np.array_equal(read_at(model, grid, r, c), before(r, c, H=H, W=W))
+
+
+def test_dropout_acts_in_training_only():
+    grid = (4, 4, 1)
+    x_BT, cond = rows(grid)
+    model, quiet = make("pixelcnn_pp", grid), make("pixelcnn_pp", grid, dropout=0.0)
+    with torch.no_grad():
+        want = quiet(x_BT, cond=cond)
+        assert torch.equal(model(x_BT, cond=cond), want)
+        assert torch.equal(quiet.train()(x_BT, cond=cond), want)
+        torch.manual_seed(0)
+        one = model.train()(x_BT, cond=cond)
+        torch.manual_seed(0)
+        assert torch.equal(model(x_BT, cond=cond), one)
+        assert not torch.equal(one, want)
+
+
 # --- streams
 
 
 @every
-@pytest.mark.parametrize("grid", [(5, 4, 1), (3, 3, 3), (1, 5, 2), (4, 1, 1)])
+@pytest.mark.parametrize("grid", [(5, 4, 1), (3, 3, 3), (1, 6, 2), (4, 1, 1)])
 def test_the_stream_is_forward(kind, grid):
     model = make(kind, grid, labels=3, conditional=True)
     x_BT, cond = rows(grid, labels=3)
@@ -290,7 +409,7 @@ def test_labels_condition_the_whole_image(kind):
         make(kind, grid, conditional=True)
 
 
-@every
+@softmax
 @pytest.mark.parametrize(
     ("keys", "says"),
     [({"first_kernel": 4}, "odd"), ({"width": 2, "grid": (2, 2, 3)}, "feature maps"), ({"grid": None}, "grid")],
@@ -319,6 +438,7 @@ def test_256_levels_at_the_edges(kind):
             model.lm_head.weight.mul_(scale)
         for level in (0, 255):
             model.zero_grad()
+            torch.manual_seed(0)
             out = model(torch.full((2, 27), level), cond=Cond(torch.full((2,), 256)))
             assert out.dtype == torch.float32
             out.sum().backward()
