@@ -15,12 +15,15 @@ NOTE. Maps are moved one row down (right) before their first convolution instead
 and the constant channel of ones tells the network where it is.
 NOTE. Weight normalisation without the data-dependent first values of [3]: lengths start so that maps of variance 1 give
 maps of variance 1 (of 0.01 where [1] scales by 0.1).
+NOTE. The output layer is not normalised, and its outputs are what is added to components that stand evenly over [-1, 1]
+with scale 1 / K: those that start alike take long to part.
 NOTE. Log-scales are held above -20 rather than -7. The average of weights over time is the trainer's affair.
 NOTE. Sizes that are odd at some scale are rounded up going down, and cut going up.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -247,6 +250,7 @@ class PixelCNNpp(Model):
     """The network of `config` over the images of `spec`. It reads whole images."""
 
     context: int
+    start_KP: Tensor
 
     def __init__(self, config: Config, *, spec: Spec) -> None:
         super().__init__()
@@ -260,7 +264,12 @@ class PixelCNNpp(Model):
         self.first_left = CausalConv(C + 1, F_, kernel=(2, 1), weight_norm=norm)
         self.scales = Scale(config, scale=0, classes=classes)
         self.size = 1 + 2 * C + C * (C - 1) // 2
-        self.lm_head = CausalConv(F_, config.components * self.size, gain=0.5, wide=True, weight_norm=norm)
+        K = config.components
+        start_KP = torch.zeros(K, self.size)
+        start_KP[:, 1 : 1 + C] = torch.linspace(-1.0, 1.0, K)[:, None]
+        start_KP[:, 1 + C : 1 + 2 * C] = -math.log(K)
+        self.register_buffer("start_KP", start_KP, persistent=False)
+        self.lm_head = CausalConv(F_, config.components * self.size, gain=0.5, wide=True)
 
     def forward(
         self,
@@ -286,7 +295,7 @@ class PixelCNNpp(Model):
         else:
             maps_BFHW = self._image(in_BFHW, label_B)
         B, _, H, W = maps_BFHW.shape
-        maps_BHWKP = maps_BFHW.view(B, -1, self.size, H, W).permute(0, 3, 4, 1, 2)
+        maps_BHWKP = maps_BFHW.view(B, -1, self.size, H, W).permute(0, 3, 4, 1, 2) + self.start_KP
         params_BTK3 = to_row(pixel_chain(maps_BHWKP, x_BHWC, levels=self.alphabet))
         return params_BTK3 if want != "logp" else self._score(params_BTK3, x_BT)
 

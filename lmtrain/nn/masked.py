@@ -113,7 +113,9 @@ class CausalConv(nn.Module):
         """
         kh, kw = self.kernel
         weight, bias = self._weight()
-        if at is not None and kh * kw > 1:
+        if kh * kw == 1:
+            pass
+        elif at is not None:
             h_BFHW = at.window(self, h_BFHW, rows=kh, left=self.left, right=self.right)
         elif not bordered:
             h_BFHW = F.pad(h_BFHW, (self.left, self.right, kh - 1, 0))

@@ -242,10 +242,9 @@ def elu2(a):
 def plain(h, conv):
     """Every weight read; the weights of each output scaled to its length."""
     weight = conv.weight.detach()
-    norm = weight.flatten(1).norm(dim=1)
-    scaled = SimpleNamespace(
-        weight=weight * (conv.length.detach() / norm).view(-1, 1, 1, 1), bias=conv.bias, left=conv.left
-    )
+    if conv.length is not None:
+        weight = weight * (conv.length.detach() / weight.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    scaled = SimpleNamespace(weight=weight, bias=conv.bias, left=conv.left)
     return masked(h, scaled, mask=None, from_channel=None, to_channel=None)
 
 
@@ -308,6 +307,8 @@ def test_pixelcnn_pp_by_loops_and_the_joint_of_a_pixel(grid, scales):
     model = make("pixelcnn_pp", grid, alphabet=V, scales=scales, width=3, components=K).double()
     x_BT, cond = rows(grid, 2, alphabet=V)
     out = pp_maps(model, inputs(x_BT, grid, V)).reshape(2, K, -1, H, W)
+    out[:, :, 1 : 1 + C] += np.linspace(-1, 1, K)[:, None, None, None]  # where the components start
+    out[:, :, 1 + C : 1 + 2 * C] -= math.log(K)
     place = x_BT.numpy().reshape(2, H, W, C) * 2 / (V - 1) - 1
     with torch.no_grad():
         got = model(x_BT, cond=cond).view(2, H, W, C).sum(-1).numpy()
