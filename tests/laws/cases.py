@@ -49,10 +49,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gated_pixelcnn-grey": {"alphabet": 2, "grid": [2, 3, 1], "model": {
         "kind": "gated_pixelcnn", "layers": 2, "width": 8, "head_width": 12, "first_kernel": 3,
     }},
-    "pixelcnn_pp-grey": {"alphabet": 8, "grid": [2, 2, 1], "labels": 2, "model": {
-        "kind": "pixelcnn_pp", "scales": 2, "layers": 1, "width": 12, "components": 8, "dropout": 0.0,
-        "conditional": True,
-    }},
 }  # fmt: skip
 
 
