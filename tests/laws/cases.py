@@ -62,6 +62,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "made-masks": {"alphabet": 3, "record": 4, "model": {
         "kind": "made", "width": 48, "masks": 3, "layers": 2, "direct": True
     }},
+    "pixelcnn-grey": {"alphabet": 5, "grid": [2, 2, 1], "model": {
+        "kind": "pixelcnn", "blocks": 1, "width": 16, "head_width": 12, "first_kernel": 3,
+    }},
+    "gated_pixelcnn-grey": {"alphabet": 2, "grid": [2, 3, 1], "model": {
+        "kind": "gated_pixelcnn", "layers": 2, "width": 8, "head_width": 12, "first_kernel": 3,
+    }},
 }  # fmt: skip
 
 
