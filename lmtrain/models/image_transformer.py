@@ -34,7 +34,9 @@ from lmtrain.nn.counting import parameters
 from lmtrain.nn.embedding import SymbolMatrix, read_out
 from lmtrain.nn.head import Categorical
 from lmtrain.nn.labels import class_embedding, class_vectors
+from lmtrain.nn.linear import Linear
 from lmtrain.nn.local import Blocks, LocalAttention, LocalCache, in_line, in_plane, whole
+from lmtrain.nn.mixtures import DiscretisedLogistics, discretised_logistics_log_prob
 from lmtrain.nn.mlp import MLP, Activation
 from lmtrain.nn.norms import LayerNorm
 from lmtrain.nn.raster import Grid, image_grid, places
@@ -67,6 +69,10 @@ class Config(ModelConfig):
     bias: bool = Field(True, description="biases in linear maps and norms")
     init_std: float | None = Field(None, gt=0.0, description="of linear maps; null = 1 / sqrt(inputs)")
     embed_std: float = Field(0.1, gt=0.0, description="first standard deviation of all vectors that are looked up")
+    head: Literal["categorical", "logistics"] = Field(
+        "categorical", description="V logits, or a discretised mixture of logistics"
+    )
+    components: int = Field(10, ge=1, description="logistics of the mixture (head: logistics)")
     dropout: float = Field(
         0.0, ge=0.0, lt=1.0, description="of the inputs, and of what is added to the residual stream"
     )
@@ -163,7 +169,10 @@ class ImageTransformer(Model):
         self.label_embed = class_embedding(config.conditional, spec=spec, width=D, std=std)
         self.layers = nn.ModuleList(Block(config, layer=i, blocks=self.blocks) for i in range(config.layers))
         self.final_norm = LayerNorm(D, eps=_EPS, bias=config.bias) if config.norm_first else None
-        self.lm_head = SymbolMatrix(V, D, alphabet=V, std=config.init_std or D**-0.5)
+        std = config.init_std or D**-0.5
+        categorical = config.head == "categorical"
+        self.lm_head = SymbolMatrix(V, D, alphabet=V, std=std) if categorical else None
+        self.mixture = None if categorical else Linear(D, 3 * config.components, bias=True, std=std)
         self._keep_tables(grid)
         self._checkpointed = False
 
@@ -190,12 +199,12 @@ class ImageTransformer(Model):
     ) -> Tensor:
         """logp_BT float32; InputError for rows longer than an image (or shorter, when `order` is not the raster's).
 
-        want="logits": the head's parameters, float32 [B, T, V]. want="next" (with a cache): x is read as inputs that
-        follow the cached ones in `order`, at most to the end of a block, and the answer is float32 [B, V], the logits
+        want="logits": the head's parameters, as of `predict`. want="next" (with a cache): x is read as inputs that
+        follow the cached ones in `order`, at most to the end of a block, and the answer is the parameters
         of the symbol after them.
         """
         if want == "next":
-            return read_out(self.lm_head, self._network(x_BT, cond=cond, cache=cache), x_BT, want=want)
+            return self._read_out(self._network(x_BT, cond=cond, cache=cache), x_BT, want=want)
         symbols = x_BT.shape[1]
         if symbols > self.context or (symbols < self.context and self.order is not None):
             raise InputError(f"rows of {symbols} symbols were given; images have {self.context}")
@@ -203,16 +212,24 @@ class ImageTransformer(Model):
         h_BTD = self._network(shift(seen_BT, cond=cond, bos=self.bos), cond=cond, cache=None)
         if self.order is not None:
             h_BTD = torch.empty_like(h_BTD).index_copy(1, self.order_T, h_BTD)
-        return read_out(self.lm_head, h_BTD, x_BT, want=want)
+        return self._read_out(h_BTD, x_BT, want=want)
+
+    def _read_out(self, h_BTD: Tensor, x_BT: Tensor, *, want: Literal["logp", "logits", "next"]) -> Tensor:
+        if self.lm_head is not None:
+            return read_out(self.lm_head, h_BTD, x_BT, want=want)
+        assert self.mixture is not None
+        params = self.mixture(h_BTD[:, -1] if want == "next" else h_BTD).unflatten(-1, (-1, 3))
+        wide: Tensor = params.to(torch.promote_types(params.dtype, torch.float32))
+        return discretised_logistics_log_prob(wide, x_BT, levels=self.alphabet) if want == "logp" else wide
 
     def predict(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
-        """Logits, float32 [B, T, V]."""
+        """Logits, float32 [B, T, V]; of a mixture float32 [B, T, K, 3]."""
         out: Tensor = self(x_BT, cond=cond, want="logits")
         return out
 
     def distribution(self, params_B: Tensor) -> Distribution:
-        """Categorical, of logits [B, V]."""
-        return Categorical(params_B)
+        """Categorical, of logits [B, V]; discretised logistics, of a mixture [B, K, 3]."""
+        return Categorical(params_B) if self.mixture is None else DiscretisedLogistics(params_B, levels=self.alphabet)
 
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream that keeps the keys and values of what a memory block can still reach."""
@@ -261,7 +278,8 @@ class ImageTransformer(Model):
         """
         c = self.config
         mlp = c.width * c.hidden * (3 if c.activation == "swiglu" else 2)
-        products = c.layers * (4 * c.width * c.width + mlp) + self.alphabet * c.width
+        products = c.layers * (4 * c.width * c.width + mlp)
+        products += c.width * (self.alphabet if self.mixture is None else 3 * c.components)
         attention = c.layers * c.width * self.blocks.pairs() / self.context
         return 3.0 * (2.0 * products + 4.0 * attention)
 

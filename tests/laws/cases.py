@@ -1,11 +1,17 @@
 """Which models are put before the laws: every config with a `laws` section, and variants that no config has.
 
-A case has <= 4,096 outcomes, so that its whole space can be listed, and parameters pushed away from uniform.
+`laws: {alphabet, context | record | grid, labels, model}`. alphabet: V, 0 for reals. context: T symbols of a row, which
+may be text or a record; record: a record of so many symbols and nothing else; grid: the same, an image of [H, W, C].
+labels: classes of the records. model: what differs from the config's model.
+
+A discrete case has <= 4,096 outcomes, so that its whole space can be listed; all have parameters away from uniform.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +21,56 @@ from torch import Tensor
 
 from lmtrain import models
 from lmtrain.config import read_yaml
-from lmtrain.protocol import Cond, Model, Spec
+from lmtrain.protocol import Cond, Draws, Model, Spec
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 MOST_OUTCOMES = 4096
 PUSH = 0.4
+KEYS = {"alphabet", "context", "record", "grid", "labels", "model"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "gpt-gpt2": {
+    "gpt-gpt2": {"alphabet": 3, "context": 4, "model": {
         "kind": "gpt", "preset": "gpt2", "context": None, "layers": 2, "width": 16, "heads": 2, "dropout": 0.0
-    },
-    "gpt-llama": {
+    }},
+    "gpt-llama": {"alphabet": 3, "context": 4, "model": {
         "kind": "gpt", "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "activation": "swiglu", "qk_norm": False,
         "tied": False,
-    },
-    "gpt-multiquery": {
+    }},
+    "gpt-multiquery": {"alphabet": 3, "context": 4, "model": {
         "kind": "gpt", "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "positions": "learned",
         "norm": "layernorm", "activation": "gelu", "context": 9,
-    },
-    "rnn-gru": {"kind": "rnn", "cell": "gru", "layers": 2, "width": 16, "tied": False},
+    }},
+    "rnn-gru": {"alphabet": 3, "context": 4, "model": {
+        "kind": "rnn", "cell": "gru", "layers": 2, "width": 16, "tied": False
+    }},
+    "gpt-conditional": {"alphabet": 3, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "gpt", "layers": 2, "width": 16, "heads": 2, "positions": "learned", "conditional": True
+    }},
+    "rnn-conditional": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "rnn", "layers": 1, "width": 16, "tied": False, "conditional": True
+    }},
+    "image_transformer-plane": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "image_transformer", "layers": 2, "width": 16, "heads": 2, "attention": "local_2d",
+        "query_shape": [2, 1], "memory_reach": [0, 1], "conditional": True,
+    }},
+    "pixelrnn-rows": {"alphabet": 3, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "pixelrnn", "variant": "row_lstm", "layers": 2, "hidden": 8, "head_width": 16, "conditional": True
+    }},
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """A model's configuration, small, for a corpus that may not exist."""
+    """A model's configuration, small, for a corpus that may not exist.
+
+    config: whether a config enrols it, or it is a variant. whole: the model reads whole records alone.
+    """
 
     name: str
     model: dict[str, Any]
     spec: Spec
+    config: bool = False
+    whole: bool = False
 
     def build(self, *, seed: int = 0, push: float = PUSH) -> Model:
         """The model, its parameters pushed away from where every symbol is equally probable; without dropout."""
@@ -55,40 +82,99 @@ class Case:
                     p.add_(torch.randn(p.shape), alpha=push)
         return model.eval()
 
+    @cached_property
+    def pushed(self) -> Model:
+        """`build()`, once for all laws that do not change it."""
+        return self.build()
+
+    @cached_property
+    def order(self) -> list[int]:
+        """The positions of a row in the order in which the model takes them."""
+        return list(self.pushed.order or range(self.spec.context))
+
+    @cached_property
+    def steps(self) -> bool:
+        """Whether it goes symbol by symbol, with `predict` and `stream`: it does not draw whole rows in its own way."""
+        return not isinstance(self.build(push=0.0), Draws)
+
+    @property
+    def real(self) -> bool:
+        """Whether symbols are real numbers."""
+        return self.spec.alphabet == 0
+
+    @property
+    def text(self) -> bool:
+        """Whether rows may be text: BOS is a symbol like the others."""
+        return self.spec.bos < self.spec.alphabet
+
+    @cached_property
     def outcomes(self) -> Tensor:
         """int64 [V^T, T]: every row there is."""
         V, T = self.spec.alphabet, self.spec.context
         return torch.cartesian_prod(*[torch.arange(V)] * T).reshape(-1, T)
 
-    def starts(self) -> list[int]:
-        """Symbols that a row may begin from: any, when BOS is one of the alphabet; else the reserved start alone."""
-        return list(range(self.spec.alphabet)) if self.spec.bos < self.spec.alphabet else [self.spec.bos]
+    def beginnings(self) -> list[tuple[int, int | None]]:
+        """(start symbol, label) that a row may have: any start, when BOS is one of the alphabet; else the reserved one.
+
+        Labels only of a model that heeds them.
+        """
+        starts = range(self.spec.alphabet) if self.text else [self.spec.bos]
+        labels = range(self.spec.labels) if self.conditional else [0 if self.spec.labels else None]
+        return [(start, label) for start in starts for label in labels]
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the model heeds the label."""
+        return bool(self.model.get("conditional"))
+
+    def cond(self, batch: int, begin: tuple[int, int | None] | None = None) -> Cond:
+        """The same beginning for all rows; the first there is by default."""
+        start, label = begin or self.beginnings()[0]
+        label_B = None if label is None else torch.full((batch,), label)
+        return Cond(torch.full((batch,), start), None, label_B)
 
     def rows(self, batch: int, *, seed: int) -> tuple[Tensor, Cond]:
-        """Random rows [B, T] with their start symbols."""
-        draw = np.random.default_rng(seed)
-        x_BT = torch.from_numpy(draw.integers(self.spec.alphabet, size=(batch, self.spec.context)))
-        return x_BT, Cond(torch.from_numpy(draw.choice(self.starts(), size=batch)))
+        """Random rows [B, T] with their start symbols and labels."""
+        draw, (V, T) = np.random.default_rng(seed), (self.spec.alphabet, self.spec.context)
+        x_BT = draw.normal(size=(batch, T)).astype(np.float32) if self.real else draw.integers(V, size=(batch, T))
+        starts = [start for start, _ in self.beginnings()]
+        start_B = torch.from_numpy(draw.choice(starts, size=batch))
+        label_B = torch.from_numpy(draw.integers(self.spec.labels, size=batch)) if self.spec.labels else None
+        return torch.from_numpy(x_BT), Cond(start_B, None, label_B)
+
+    def disturbed(self, x_BT: Tensor, s: int) -> Tensor:
+        """The rows with another symbol at position s."""
+        other_BT = x_BT.clone()
+        other_BT[:, s] = x_BT[:, s] + 1.0 if self.real else (x_BT[:, s] + 1) % self.spec.alphabet
+        return other_BT
 
 
+def enrol(name: str, model: dict[str, Any], laws: dict[str, Any], *, config: bool) -> list[Case]:
+    """The cases of a `laws` section: with BOS as a symbol of the alphabet (text), with a reserved start (records)."""
+    if set(laws) - KEYS or len(set(laws) & {"context", "record", "grid"}) != 1:
+        raise ValueError(f"{name}: laws has the keys {sorted(laws)}; known: {sorted(KEYS)}, one of them for the length")
+    tree, V = {**model, **laws.get("model", {})}, laws["alphabet"]
+    grid = tuple(laws["grid"]) if "grid" in laws else None
+    T = math.prod(grid) if grid else laws.get("context") or laws["record"]
+    if V**T > MOST_OUTCOMES:
+        raise ValueError(f"{name}: laws with {V}^{T} outcomes; at most {MOST_OUTCOMES}")
+    record = Spec(alphabet=V, context=T, bos=V, grid=grid, labels=laws.get("labels", 0))
+    if V == 0 or "context" not in laws:
+        return [Case(name, tree, record, config, whole=True)]
+    found = [Case(f"{name}-text", tree, Spec(alphabet=V, context=T, bos=V - 1), config)]
+    if config or not tree.get("tied", True):
+        found.append(Case(f"{name}-record", tree, record, config))
+    return found
+
+
+@cache
 def cases() -> list[Case]:
-    """Every case with BOS as a symbol of the alphabet (text), and most with a reserved start too (records)."""
-    enrolled: dict[str, tuple[dict[str, Any], int, int]] = {}
+    """Every case there is."""
+    found = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         tree = read_yaml(path)
-        laws = tree.get("laws")
-        if not laws:
-            continue
-        unknown = set(laws) - {"alphabet", "context", "model"}
-        if unknown:
-            raise ValueError(f"{path.name}: laws has unknown keys {sorted(unknown)}")
-        enrolled[path.stem] = ({**tree["model"], **laws.get("model", {})}, laws["alphabet"], laws["context"])
-    enrolled |= {name: (tree, 3, 4) for name, tree in VARIANTS.items()}
-    found = []
-    for name, (tree, V, T) in enrolled.items():
-        if V**T > MOST_OUTCOMES:
-            raise ValueError(f"{name}: laws with {V}^{T} outcomes; at most {MOST_OUTCOMES}")
-        found.append(Case(f"{name}-text", tree, Spec(alphabet=V, context=T, bos=V - 1)))
-        if name not in VARIANTS or not tree.get("tied", True):
-            found.append(Case(f"{name}-record", tree, Spec(alphabet=V, context=T, bos=V)))
+        if tree.get("laws"):
+            found += enrol(path.stem, tree["model"], tree["laws"], config=True)
+    for name, laws in VARIANTS.items():
+        found += enrol(name, {}, laws, config=False)
     return found
