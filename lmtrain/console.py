@@ -74,8 +74,9 @@ class Console:
 def training_line(row: Mapping[str, Any], *, eta: float, meaning: str) -> str:
     """The metrics of a training row in one line."""
     parts = [f"loss {_number(row.get('train/loss'), '.4f')}"]
-    if row.get("train/bits_per_byte") is not None:
-        parts.append(f"{row['train/bits_per_byte']:.3f} bits/byte")
+    for unit in ("byte", "dim"):
+        if row.get(f"train/bits_per_{unit}") is not None:
+            parts.append(f"{row[f'train/bits_per_{unit}']:.3f} bits/{unit}")
     parts.append(f"{quantity(row['perf/tokens_per_s'])} tok/s")
     if row.get("perf/mfu") is not None:
         name = "MFU" if meaning == "MFU" else "of GEMM peak"

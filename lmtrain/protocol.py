@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -76,7 +76,9 @@ class Score:
     """Sums, never means: scores add over windows, batches and ranks, and are divided when they are read.
 
     nats: minus the sum of weighted log-probabilities. symbols: scored symbols (sum of weights). words, bytes: the
-    white-space words and raw bytes that those symbols stand for. dims: scored dimensions of images and tables.
+    white-space words and raw bytes that those symbols stand for. dims: scored dimensions of images and tables, where
+    bits per dimension mean something. offset: nats to be added for the units of the data, where the model reads scaled
+    numbers (`Measure.offset` of every scored record).
     """
 
     nats: float = 0.0
@@ -84,13 +86,14 @@ class Score:
     words: float = 0.0
     bytes: float = 0.0
     dims: float = 0.0
+    offset: float = 0.0
 
     def __add__(self, other: Score) -> Score:
         return Score(*(a + b for a, b in zip(self.row(), other.row(), strict=True)))
 
-    def row(self) -> tuple[float, float, float, float, float]:
-        """(nats, symbols, words, bytes, dims), for sums over ranks."""
-        return (self.nats, self.symbols, self.words, self.bytes, self.dims)
+    def row(self) -> tuple[float, float, float, float, float, float]:
+        """(nats, symbols, words, bytes, dims, offset), for sums over ranks."""
+        return (self.nats, self.symbols, self.words, self.bytes, self.dims, self.offset)
 
     @property
     def nats_per_symbol(self) -> float:
@@ -114,8 +117,8 @@ class Score:
 
     @property
     def bits_per_dim(self) -> float | None:
-        """nats / (ln 2 * dims); None where there are no dimensions."""
-        return self.nats / (LN2 * self.dims) if self.dims else None
+        """(nats + offset) / (ln 2 * dims); None where there are no dimensions."""
+        return (self.nats + self.offset) / (LN2 * self.dims) if self.dims else None
 
 
 def _exp(x: float) -> float:
@@ -123,6 +126,21 @@ def _exp(x: float) -> float:
         return math.exp(x)
     except OverflowError:
         return math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What the log-probabilities of a corpus's records are about.
+
+    kind: exact (probabilities of symbols), bound (densities of dequantised symbols: with the offset a lower bound on
+    the log-probability, on average over the noise), density (of real numbers, of which there are no bits).
+    offset: nats to be added to a record's nats for the units of the data; not 0 where numbers are scaled on the way.
+    view: how the symbols differ from those that were prepared, in a few words; "" where they do not.
+    """
+
+    kind: Literal["exact", "bound", "density"] = "exact"
+    offset: float = 0.0
+    view: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +282,7 @@ class Split(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """int64 symbols of [start, stop) of the concatenation."""
+        """int64 symbols (reals: float32) of [start, stop) of the concatenation."""
         ...
 
     def start_symbol(self, position: int) -> int:
@@ -277,7 +295,12 @@ class Split(Protocol):
 
 
 class Corpus(Protocol):
-    """A prepared corpus: shards with a fingerprint."""
+    """A prepared corpus: shards with a fingerprint.
+
+    record: symbols of a record, all of the same length and none going on into the next; None where rows are cut from
+    one stream. unit: what a document is called. meaning: what the symbols stand for; corpora that differ in it cannot
+    be read by the same model.
+    """
 
     path: PurePath
     fingerprint: str
@@ -286,7 +309,14 @@ class Corpus(Protocol):
     bos: int
     grid: tuple[int, int, int] | None
     labels: int
+    record: int | None
+    unit: str
     manifest: Mapping[str, Any]
+
+    @property
+    def meaning(self) -> str:
+        """A line that is the same for corpora whose symbols mean the same."""
+        ...
 
     @property
     def symbol_bytes_V(self) -> np.ndarray:
@@ -295,7 +325,16 @@ class Corpus(Protocol):
 
     @property
     def symbol_dims(self) -> int:
-        """Dimensions a symbol stands for: 0 for text, 1 for images and tables."""
+        """Dimensions a symbol stands for, of which there are bits: 1 for symbols of records, 0 for text and reals."""
+        ...
+
+    @property
+    def measure(self) -> Measure:
+        """What log-probabilities are about."""
+        ...
+
+    def pieces(self) -> list[bytes]:
+        """The raw bytes of each symbol; empty where symbols do not stand for bytes."""
         ...
 
     def split(self, name: str) -> Split:

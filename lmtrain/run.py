@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from lmtrain.data import prepare as preparing
 from lmtrain.data.corpus import open_corpus
 from lmtrain.data.loader import Loader, compare_order
 from lmtrain.data.remote import is_url
+from lmtrain.data.view import Fit, View, view_of
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError
 from lmtrain.fleet import Fleet
 from lmtrain.inference import sample as sampling
@@ -58,7 +59,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
     threads = set_threads(place, environment)
     if place.world > 1:
         stopping.die_with_parent()
-    corpora = corpora_for(config, place)
+    config, corpora = seen(config, corpora_for(config, place))
     loader = Loader(corpora, config.data, seed=train_config.seed)
     micro_batch, accumulation = config.data.layout(place.world)
     spec = spec_of(corpora[0], config)
@@ -76,12 +77,12 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
     if place.rank == 0 and (keys := engines.untested(config.engine)):
         say(f"engine.deepspeed: passed on to DeepSpeed, but in no test of lmtrain's: {', '.join(keys)}")
     try:
-        steps = train_config.length(config.data.global_batch * config.data.context)
+        steps = train_config.length(config.data.global_batch * loader.context)
         layout = {"threads": threads, "micro_batch": micro_batch, "zero_stage": config.engine.zero_stage}
         identity = {
             "order": loader.order_record(),
             "model": model_config.model_dump(mode="json"),
-            "tokenizer": corpora[0].manifest["tokenizer"]["sha256"],
+            "symbols": corpora[0].meaning,
         }
         tracker = Tracker(config.folder, config.wandb, rank=place.rank, environment=environment)
         store = Checkpoints(config.folder / CHECKPOINTS, config.checkpoint, note=say, watch=tracker.log_save)
@@ -100,7 +101,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                 watcher=tracker,
                 stops=stops,
                 steps=steps,
-                state={"identity": identity, "layout": layout},
+                state={"identity": identity, "layout": layout, "fit": fit_of(corpora[0])},
                 observers=(Fleet(config.watch, tracker, host=socket.gethostname()), profile),
             )
             with source, stops, tracker, profile:
@@ -111,9 +112,11 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
                     facts={**facts_of(corpora, model), **layout, "world": place.world},
                     deepspeed=generated_json(config, world=place.world),
                     log_every=train_config.log_every,
-                    flops_per_symbol=model.flops_per_symbol(config.data.context),
+                    flops_per_symbol=model.flops_per_symbol(loader.context),
                     peak=_peak(config, engine) if place.rank == 0 else None,
                     bytes_per_symbol=bytes_per_symbol(corpora[0]),
+                    dims_per_symbol=corpora[0].symbol_dims,
+                    offset_per_symbol=corpora[0].measure.offset / loader.context,
                 )
                 if store.loaded is not None:
                     tracker.log_load(store.loaded)
@@ -212,11 +215,32 @@ def corpora_for(config: RunConfig, place: Place) -> list[Corpus]:
     return [open_corpus(name, remote=config.data.remote, note=say) for name in names]
 
 
+def seen(
+    config: RunConfig, corpora: Sequence[Corpus], *, stored: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, list[Corpus]]:
+    """The corpora through `data.view`, and the config with `data.context` filled in. stored: a checkpoint's fit."""
+    fit = None if stored is None else Fit.from_json(stored)
+    weights = [share.weight for share in config.data.shares]
+    views = view_of(corpora, config.data.view, weights=weights, fit=fit)
+    data = config.data.model_copy(update={"context": config.data.row_length(corpora[0])})
+    return config.model_copy(update={"data": data}), views
+
+
+def fit_of(corpus: Corpus) -> dict[str, Any] | None:
+    """What was fitted on the train split, for the checkpoint; None where nothing is."""
+    return corpus.fit.to_json() if isinstance(corpus, View) and corpus.fit is not None else None
+
+
+def alike(corpus: Corpus, own: Corpus) -> Corpus:
+    """Another corpus, seen as the run's own."""
+    return View(corpus, own.config, fit=own.fit) if isinstance(own, View) else corpus
+
+
 def spec_of(corpus: Corpus, config: RunConfig) -> Spec:
     """What the model must know of a corpus."""
     return Spec(
         alphabet=corpus.alphabet,
-        context=config.data.context,
+        context=config.data.row_length(corpus),
         bos=corpus.bos,
         grid=corpus.grid,
         labels=corpus.labels,
@@ -226,6 +250,8 @@ def spec_of(corpus: Corpus, config: RunConfig) -> Spec:
 def bytes_per_symbol(corpus: Corpus) -> float:
     """The training split's mean, so that the console can show bits per byte; 0 where there are no bytes."""
     counts = corpus.manifest["counts"]["train"]
+    if corpus.record is not None:
+        return 0.0
     return counts["bytes"] / counts["symbols"] if counts["symbols"] else 0.0
 
 
@@ -318,14 +344,14 @@ def _store_config(config: RunConfig) -> None:
     new.replace(path)
 
 
-def facts_of(corpora: list[Corpus], model: Model) -> dict[str, Any]:
+def facts_of(corpora: Sequence[Corpus], model: Model) -> dict[str, Any]:
     """Commit, versions and hashes: what a reader of the metrics needs to make the run again."""
     packages = ("lmtrain", "torch", "deepspeed", "numpy", "sentencepiece")
     return {
         "commit": _commit(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "corpora": {str(corpus.path): corpus.fingerprint for corpus in corpora},
-        "tokenizer": corpora[0].manifest["tokenizer"].get("sha256"),
+        "tokenizer": (corpora[0].manifest["tokenizer"] or {}).get("sha256"),
         "parameters": model.parameter_counts(),
     }
 
@@ -353,14 +379,16 @@ def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, R
     results = {}
     with engine.evaluating() as model:
         for name, chosen in config.eval.sets.items():
-            corpus = own if chosen.corpus is None else open_corpus(chosen.corpus, remote=config.data.remote, note=say)
+            corpus = own
+            if chosen.corpus is not None:
+                corpus = alike(open_corpus(chosen.corpus, remote=config.data.remote, note=say), own)
             require_same_symbols(corpus, own, what=f"eval.sets.{name}.corpus")
             results[name] = score.evaluate(
                 model,
                 corpus.split(chosen.split),
                 corpus,
                 config=config.eval,
-                context=config.data.context,
+                context=config.data.row_length(corpus),
                 name=name,
                 masking=config.data.document_masking,
                 rank=engine.rank,
@@ -374,6 +402,8 @@ def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, R
 def log_samples(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Tracker, *, step: int) -> None:
     """A few samples into the run's table. Every rank draws the same ones: under ZeRO-3 all must make the same calls."""
     assert config.train is not None
+    if corpus.record is not None:
+        return
     settings = sampling.SampleConfig(n=config.train.samples, max_symbols=SAMPLE_SYMBOLS, seed=config.train.seed)
     with engine.evaluating() as model:
         drawn = sampling.sample(model, config=settings, start=corpus.bos, end=corpus.bos, device=engine.device)
@@ -384,7 +414,11 @@ def log_samples(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Trac
 
 def require_same_symbols(corpus: Corpus, own: Corpus, *, what: str) -> None:
     """Refuse a corpus whose symbols are not those that the model was trained on."""
-    if corpus.manifest["tokenizer"]["sha256"] != own.manifest["tokenizer"]["sha256"]:
+    if corpus.meaning != own.meaning:
+        if corpus.record is not None or own.record is not None:
+            raise ConfigError(
+                f"{what} = {corpus.path} is {corpus.meaning}, and {own.path} is {own.meaning}; prepare it alike"
+            )
         raise ConfigError(
             f"{what} = {corpus.path} was prepared with another tokenizer than {own.path}; "
             "prepare it with prepare.tokenizer.path set to the run's tokenizer"

@@ -68,6 +68,7 @@ class Tracker:
         self._follower: Follower | None = None
         self._window: list[Mapping[str, Any]] = []
         self._log_every, self._flops, self._peak, self._bytes = 1, 0.0, math.inf, 0.0
+        self._dims, self._offset = 0.0, 0.0
         self._step = 0
         self._seconds: float | None = None
         self._stopping = False
@@ -84,16 +85,20 @@ class Tracker:
         flops_per_symbol: float = 0.0,
         peak: Peak | None = None,
         bytes_per_symbol: float = 0.0,
+        dims_per_symbol: float = 0.0,
+        offset_per_symbol: float = 0.0,
     ) -> None:
         """Begin, or go on after `step` of `steps`: rows of later steps leave metrics.jsonl.
 
         config: the resolved config. facts: commit, versions, hashes, layout. log_every: steps a row. flops_per_symbol
-        and peak (of the whole job) give the MFU; bytes_per_symbol (the train split's mean) bits per byte. 0: not known.
+        and peak (of the whole job) give the MFU; bytes_per_symbol (the train split's mean) bits per byte, and
+        dims_per_symbol with offset_per_symbol (nats) bits per dimension. 0: not known.
         """
         if self._silent:
             return
         assert self._console is not None
         self._step, self._log_every, self._flops, self._bytes = step, log_every, flops_per_symbol, bytes_per_symbol
+        self._dims, self._offset = dims_per_symbol, offset_per_symbol
         self._peak = peak.flops if peak is not None else math.inf
         self._journal = Journal(self._folder, resume=step)
         hidden = secrets_in(self._environment)
@@ -160,6 +165,8 @@ class Tracker:
         }
         if self._bytes:
             row["train/bits_per_byte"] = loss / (math.log(2) * self._bytes)
+        if self._dims:
+            row["train/bits_per_dim"] = (loss + self._offset) / (math.log(2) * self._dims)
         if self._flops and math.isfinite(self._peak):
             row["perf/mfu"] = rate * self._flops / self._peak
         return row

@@ -22,7 +22,7 @@ from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
 from lmtrain.protocol import Corpus, Model, Place, Split
-from lmtrain.run import CHECKPOINTS, CONFIG, require_same_symbols, say, set_threads, spec_of
+from lmtrain.run import CHECKPOINTS, CONFIG, alike, require_same_symbols, say, seen, set_threads, spec_of
 from lmtrain.schema import RunConfig, need_model
 
 
@@ -31,7 +31,7 @@ class Opened:
     """A run: its config, its (first) corpus, a checkpoint of it, and the model with that checkpoint's weights."""
 
     config: RunConfig
-    corpus: PreparedCorpus
+    corpus: Corpus
     saved: Saved
     model: Model
 
@@ -62,10 +62,7 @@ def open_run(folder: Path, *, checkpoint: str = "last", overrides: Sequence[str]
     Raises InputError (no run), CheckpointError (none, damaged), CorpusError or CheckpointError naming corpus and run
     when they do not belong together.
     """
-    config = config_of(folder, overrides)
-    corpus = own_corpus(config.data)
-    saved = find_checkpoint(folder, config, checkpoint)
-    _belong_together(saved, corpus)
+    config, corpus, saved = _opened(folder, checkpoint, overrides)
     model = models.build(need_model(config), spec_of(corpus, config))
     load_weights(saved.path, model)
     device = torch.device("cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu")
@@ -78,14 +75,30 @@ def own_corpus(data: DataConfig) -> PreparedCorpus:
     return open_corpus(first, remote=data.remote)
 
 
-def _belong_together(saved: Saved, corpus: PreparedCorpus) -> None:
-    known = saved.manifest().state.get("identity", {}).get("tokenizer")
-    sha256 = corpus.manifest["tokenizer"]["sha256"]
-    if known is not None and known != sha256:
+def _opened(folder: Path, checkpoint: str, overrides: Sequence[str]) -> tuple[RunConfig, Corpus, Saved]:
+    """(config, corpus seen as the run sees it, checkpoint), which belong together."""
+    config = config_of(folder, overrides)
+    own = own_corpus(config.data)
+    saved = find_checkpoint(folder, config, checkpoint)
+    state = saved.manifest().state
+    config, (corpus, *_) = seen(config, [own], stored=state.get("fit"))
+    _belong_together(saved, state.get("identity", {}), corpus)
+    return config, corpus, saved
+
+
+def _belong_together(saved: Saved, identity: Mapping[str, Any], corpus: Corpus) -> None:
+    known = identity.get("symbols")
+    if known is None and identity.get("tokenizer") is not None:  # checkpoints from before there were records
+        known = f"tokenizer {identity['tokenizer']}"
+    if known is not None and known != corpus.meaning:
         raise CheckpointError(
-            f"{saved.path} was trained with the tokenizer {known[:12]}, and {corpus.path} has {sha256[:12]}; "
+            f"{saved.path} was trained with the {_short(known)}, and {corpus.path} has the {_short(corpus.meaning)}; "
             "give the run's own corpus (--set data.corpus=...)"
         )
+
+
+def _short(meaning: str) -> str:
+    return meaning[:22] if meaning.startswith("tokenizer ") else f"symbols `{meaning}`"
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -128,7 +141,7 @@ def _evaluate(model: Model, name: str, part: Split, corpus: Corpus, config: RunC
         part,
         corpus,
         config=config.eval,
-        context=config.data.context,
+        context=config.data.row_length(corpus),
         name=name,
         masking=config.data.document_masking,
         **ranks,
@@ -138,10 +151,7 @@ def _evaluate(model: Model, name: str, part: Split, corpus: Corpus, config: RunC
 def _evaluate_ranks(
     folder: Path, *, data: Sequence[str], split: str, checkpoint: str, overrides: Sequence[str], place: Place
 ) -> dict[str, Result]:
-    config = config_of(folder, overrides)
-    corpus = own_corpus(config.data)
-    saved = find_checkpoint(folder, config, checkpoint)
-    _belong_together(saved, corpus)
+    config, corpus, saved = _opened(folder, checkpoint, overrides)
     engine = engines.make(
         config.engine,
         models.build(need_model(config), spec_of(corpus, config)),
@@ -163,14 +173,14 @@ def _evaluate_ranks(
         engine.close()
 
 
-def _sets(own: PreparedCorpus, data: Sequence[str], split: str) -> dict[str, tuple[Corpus, Split]]:
+def _sets(own: Corpus, data: Sequence[str], split: str) -> dict[str, tuple[Corpus, Split]]:
     if not data:
         return {split: (own, own.split(split))}
     sets: dict[str, tuple[Corpus, Split]] = {}
     for given in data:
         path = Path(given)
         if is_url(given) or path.is_dir():
-            corpus = open_corpus(given)
+            corpus = alike(open_corpus(given), own)
             require_same_symbols(corpus, own, what="--data")
             sets[f"{given}/{split}"] = (corpus, corpus.split(split))
         else:
@@ -178,6 +188,8 @@ def _sets(own: PreparedCorpus, data: Sequence[str], split: str) -> dict[str, tup
                 raw = path.read_bytes()
             except OSError as error:
                 raise InputError(f"--data {given} cannot be read: {error.strerror}") from None
+            if not isinstance(own, PreparedCorpus) or own.record is not None:
+                raise InputError(f"--data {given}: the run reads {own.unit}s; give the folder of a prepared corpus")
             held = MemoryCorpus(own.tokenizer, [raw], name=given)
             sets[given] = (held, held.split())
     return sets
@@ -193,6 +205,10 @@ def sample_run(
     config = build(sampling.SampleConfig, settings, where="sample")
     opened = open_run(folder, checkpoint=checkpoint)
     corpus = opened.corpus
+    if corpus.record is not None:
+        raise InputError(
+            f"{folder} was trained on {corpus.unit}s of {corpus.path}; samples are text, and these are not"
+        )
     text = sampling.TextStream(corpus.decode)
 
     def show(number: int, symbols: list[int]) -> None:

@@ -28,6 +28,7 @@ from lmtrain.data.layout import (
     GROUPS,
     INDEX,
     INDEX_CHECKS,
+    KINDS,
     MANIFEST,
     MIB,
     SYMBOL_BYTES,
@@ -44,6 +45,7 @@ from lmtrain.data.remote import Remote, is_url, local
 from lmtrain.data.rows import PreparedSplit
 from lmtrain.data.shelf import LocalShelf, RemoteConfig, RemoteShelf
 from lmtrain.errors import CorpusError, TokenizerError
+from lmtrain.protocol import Measure
 
 if TYPE_CHECKING:
     from lmtrain.data.tokenizer import Tokenizer
@@ -58,7 +60,7 @@ EMPTY = np.zeros(0, DOCUMENT)
 
 
 class PreparedCorpus:
-    """A prepared corpus of text; implements `protocol.Corpus`. Open one with `open_corpus`."""
+    """A prepared corpus; implements `protocol.Corpus`. Open one with `open_corpus`."""
 
     def __init__(self, shelf: LocalShelf | RemoteShelf, manifest: Mapping[str, Any]) -> None:
         self.path: PurePath = shelf.path
@@ -72,6 +74,8 @@ class PreparedCorpus:
         grid = manifest.get("grid")
         self.grid: tuple[int, int, int] | None = None if grid is None else (grid[0], grid[1], grid[2])
         self.labels: int = manifest.get("labels", 0)
+        self.record: int | None = manifest.get("record")
+        self.unit = "document" if self.record is None else "record"
         self.blocks: int = manifest["blocks"]
         self.dtype = DTYPES[manifest["dtype"]]
         self._files: Mapping[str, Mapping[str, Any]] = manifest["files"]
@@ -95,13 +99,32 @@ class PreparedCorpus:
     # -- what the protocol wants -------------------------------------------------------------------------------------
 
     @property
+    def meaning(self) -> str:
+        """The tokenizer's sha256; of records their kind, shape and alphabet."""
+        if self.record is None:
+            return f"tokenizer {self.manifest['tokenizer']['sha256']}"
+        shape = "x".join(map(str, self.grid or (self.record,)))
+        return f"{self.kind} {shape} of {f'{self.alphabet} levels' if self.alphabet else 'real numbers'}"
+
+    @property
+    def measure(self) -> Measure:
+        """Probabilities of symbols, or a density of real numbers in their own units."""
+        return Measure("exact" if self.alphabet else "density")
+
+    @property
     def symbol_dims(self) -> int:
-        """0: the symbols of a text stand for bytes, not for dimensions."""
-        return 0
+        """1 for symbols of records; the symbols of a text stand for bytes, and of reals there are no bits."""
+        return int(self.record is not None and self.alphabet > 0)
+
+    def pieces(self) -> list[bytes]:
+        """What each symbol of a text decodes to."""
+        return [self.decode([v]) for v in range(self.alphabet)] if self.record is None else []
 
     @property
     def symbol_bytes_V(self) -> np.ndarray:
         """int64 [V]: raw bytes that each symbol stands for (0 for the end symbol)."""
+        if self.record is not None:
+            return np.zeros(self.alphabet, np.int64)
         if self._symbol_bytes_V is None:
             if SYMBOL_BYTES not in self._files:
                 raise CorpusError(f"{self.path} has no {SYMBOL_BYTES}: it was prepared without byte counts a symbol")
@@ -143,6 +166,8 @@ class PreparedCorpus:
     def tokenizer(self) -> Tokenizer:
         """The corpus folder's own copy; TokenizerError when it is not the one that the corpus was prepared with."""
         if self._tokenizer is None:
+            if self.record is not None:
+                raise CorpusError(f"{self.path} holds {self.unit}s, not text: it has no tokenizer")
             from lmtrain.data.tokenizer import load  # a corpus can be read where no tokenizer can be loaded
 
             wanted = self.manifest["tokenizer"]
@@ -291,8 +316,12 @@ class PreparedCorpus:
             raise CorpusError(f"{self.path / documents_name(block)}: documents are not in order; {MEND}")
         if len(symbols) != (ends[-1] if len(ends) else 0):
             raise CorpusError(f"{path} has {len(symbols)} symbols, its documents have {ends[-1:].sum()}; {MEND}")
-        if (symbols >= self.alphabet).any():
+        if self.alphabet and (symbols >= self.alphabet).any():
             raise CorpusError(f"{path} holds a symbol outside the alphabet of {self.alphabet}; {MEND}")
+        if self.record is not None:
+            if (rows["symbols"] != self.record).any() or (rows["label"] >= max(self.labels, 1)).any():
+                raise CorpusError(f"{self.path / documents_name(block)}: a record of wrong length or class; {MEND}")
+            return
         if (symbols[ends - 1] != self.bos).any():
             raise CorpusError(f"{path}: a document does not end with the end symbol {self.bos}; {MEND}")
         if SYMBOL_BYTES in self._files and len(rows):
@@ -348,7 +377,7 @@ def _manifest(file: PurePath, data: bytes) -> dict[str, Any]:
         raise CorpusError(f"{file} is damaged (not a manifest); {MEND}") from None
     if data != canonical(manifest) or found != fingerprint(manifest):
         raise CorpusError(f"{file} is damaged or was edited (its own hash differs); {MEND}")
-    if version != VERSION or manifest["kind"] != "text":
+    if version != VERSION or manifest["kind"] not in KINDS:
         what = f"format version {version}, kind {manifest['kind']!r}"
-        raise CorpusError(f"{file} has {what}; this lmtrain reads version {VERSION}, kind 'text'")
+        raise CorpusError(f"{file} has {what}; this lmtrain reads version {VERSION}, kinds {', '.join(KINDS)}")
     return manifest

@@ -3,12 +3,14 @@
 A corpus is a folder:
     manifest.json          what it is, counts, every file with size and sha256; canonical JSON that holds its own hash
     index.bin              int64 [4, columns + 1, blocks]: running sums inside each block, one plane a field of FIELDS
-    tokens-NNNNN.bin       the symbols of block N, flat, little-endian, documents one after the other
+    tokens-NNNNN.bin       the symbols of block N, flat, little-endian, documents one after the other; float32 for reals
     documents-NNNNN.bin    one DOCUMENT row a document, in the same order
     checks-NNNNN.bin       uint32 CRC32C of every MiB of the token file; checks-index.bin the same of the index
     dropped.bin            one DROPPED row a document that no split has (only when there are any)
     symbol_bytes.bin       int64 [V], raw bytes that each symbol stands for
 and the tokenizer's own files. All numbers are little-endian.
+
+A record (an image, a row of a table) is a document of exactly `record` symbols, without an end symbol.
 
 A cell is (group, bucket), a column is group * BUCKETS + bucket; a block's documents are sorted by column, so a shard,
 the (block, column) range of a token file, is `index[:, column : column + 2, block]`. The index is stored column by
@@ -45,10 +47,13 @@ DOCUMENT = np.dtype(
         ("words", "<u8"),
         ("bucket", "<u2"),
         ("group", "<u1"),
-        ("pad", "<u1", (5,)),
+        ("pad", "<u1"),
+        ("label", "<u2"),
+        ("pad2", "<u1", (2,)),
     ]
 )
-"""hash, hash2: first 16 bytes of sha256(raw). offset: symbols before it in the block. symbols: with the end symbol."""
+"""hash, hash2: first 16 bytes of sha256(raw). offset: symbols before it in the block. symbols: with the end symbol, of
+which records have none. label: the class of a record, where the manifest says that there are `labels`."""
 
 FIELDS = ("symbols", "documents", "bytes", "words")
 """The planes of the index."""
@@ -62,7 +67,12 @@ INDEX = "index.bin"
 INDEX_CHECKS = "checks-index.bin"
 DROPPED_FILE = "dropped.bin"
 SYMBOL_BYTES = "symbol_bytes.bin"
-DTYPES: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+INTEGERS: dict[str, np.dtype[Any]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+REALS = np.dtype("<f4")
+DTYPES: dict[str, np.dtype[Any]] = {**INTEGERS, "float32": REALS}
+MOST_LABELS = 1 << 16
+KINDS = ("text", "image", "table")
+"""What a manifest's `kind` may be."""
 
 
 def tokens_name(block: int) -> str:
@@ -82,7 +92,7 @@ def checks_name(block: int) -> str:
 
 def smallest_dtype(alphabet: int) -> np.dtype[Any]:
     """The narrowest little-endian unsigned type that holds the symbols 0 .. alphabet - 1."""
-    for dtype in DTYPES.values():
+    for dtype in INTEGERS.values():
         if alphabet <= 1 << (8 * dtype.itemsize):
             return dtype
     raise CorpusError(f"an alphabet of {alphabet} symbols does not fit 32 bits")

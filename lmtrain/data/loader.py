@@ -23,14 +23,17 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import order
-from lmtrain.data.corpus import PreparedCorpus
 from lmtrain.data.rows import PreparedSplit, Rows
 from lmtrain.data.shelf import RemoteConfig
+from lmtrain.data.view import View, ViewConfig, ViewSplit
 from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.protocol import Batch, Cond, Corpus
 
 POSITIONS = 16_384
 """Rows whose places are computed in one call and kept: permuting thousands costs little more than permuting a few."""
+
+STREAM_CONTEXT = 256
+"""Symbols a row of a stream when the config does not say."""
 
 POSITIONS_FIRST = 256
 """The same for a step that was not expected: the first one, say."""
@@ -50,7 +53,10 @@ class DataConfig(Config):
         Annotated[str, Tag("path"), Field(min_length=1)] | Annotated[tuple[CorpusShare, ...], Tag("mixture")],
         Discriminator(lambda value: "path" if isinstance(value, str) else "mixture"),
     ] = Field(description="folder or URL of a prepared corpus, or a mixture [{path, weight}, ...]")
-    context: int = Field(256, ge=1, description="symbols a row: inputs, and scored symbols")
+    context: int | None = Field(
+        None, ge=1, description="symbols a row: inputs, and scored symbols; null = those of a record, 256 of a stream"
+    )
+    view: ViewConfig = Field(ViewConfig(), description="what is done to records on their way to the model")
     global_batch: int = Field(32, ge=1, description="rows an optimizer step, over all ranks")
     micro_batch: int | None = Field(None, ge=1, description="rows a forward pass; null = global_batch / ranks")
     block_windows: int = Field(1, ge=1, description="rows that stay together in the order; 1 = fully random")
@@ -78,6 +84,21 @@ class DataConfig(Config):
     def shares(self) -> tuple[CorpusShare, ...]:
         """The mixture; one corpus is a mixture of one."""
         return (CorpusShare(path=self.corpus, weight=1),) if isinstance(self.corpus, str) else self.corpus
+
+    def row_length(self, corpus: Corpus) -> int:
+        """Symbols a row of this corpus; ConfigError when its records have another length than `context`."""
+        if corpus.record is None:
+            return self.context or STREAM_CONTEXT
+        if self.context not in (None, corpus.record):
+            raise ConfigError(
+                f"data.context = {self.context}, but a {corpus.unit} of {corpus.path} has {corpus.record} symbols; "
+                "leave data.context out"
+            )
+        if self.document_masking:
+            raise ConfigError(
+                f"data.document_masking is for streams; {corpus.path} holds {corpus.unit}s, which are rows"
+            )
+        return corpus.record
 
     def layout(self, world: int) -> tuple[int, int]:
         """(micro_batch, accumulation) on `world` ranks; ConfigError names the numbers that would do."""
@@ -138,11 +159,15 @@ class Loader:
         _check_mixture(corpora)
         self.config = config
         self.masking = config.document_masking if masking is None else masking
-        self._splits = [corpus.split(split) for corpus in corpora]
+        self.context = config.row_length(corpora[0])
+        self._seed = seed
+        self._view = corpora[0] if isinstance(corpora[0], View) else None
+        held = [corpus.split(split) for corpus in corpora]
+        self._splits = [part.inner if isinstance(part, ViewSplit) else part for part in held]
         self._mixture = order.Mixture([share.weight for share in config.shares])
         self._shuffles = [
             order.Shuffle(
-                part.rows(config.context), block=config.block_windows, seed=seed, source=f"{corpus.fingerprint}/{split}"
+                part.rows(self.context), block=config.block_windows, seed=seed, source=f"{corpus.fingerprint}/{split}"
             )
             for corpus, part in zip(corpora, self._splits, strict=True)
         ]
@@ -150,7 +175,7 @@ class Loader:
             "data.order": order.VERSION,
             "train.seed": seed,
             "data.split": split,
-            "data.context": config.context,
+            "data.context": self.context,
             "data.global_batch": config.global_batch,
             "data.block_windows": config.block_windows,
             "data.corpus": [
@@ -158,7 +183,10 @@ class Loader:
                 for corpus, weight in zip(corpora, self._mixture.weights_C, strict=True)
             ],
         }
-        self._ahead = max((each.shelf.ahead for each in corpora if isinstance(each, PreparedCorpus)), default=0)
+        if self._view is not None:
+            self._record["data.view"] = config.view.model_dump(mode="json", exclude={"seed"})
+        sources = [part.corpus for part in self._splits if isinstance(part, PreparedSplit)]
+        self._ahead = max((each.shelf.ahead for each in sources), default=0)
         self._announced = 0
         self._layouts: dict[int, tuple[int, int]] = {}
         self._kept: tuple[_Stretch, ...] = ()
@@ -193,7 +221,7 @@ class Loader:
         total = 0
         for number, split in enumerate(self._splits):
             rows = row_G if len(self._splits) == 1 else row_G[corpus_G == number]
-            total += int(split.row_symbols(rows, self.config.context).sum())
+            total += int(split.row_symbols(rows, self.context).sum())
         return float(total)
 
     def places(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +243,7 @@ class Loader:
         steps = max(1, (POSITIONS if any(step == kept.stop for kept in self._kept) else POSITIONS_FIRST) // rows)
         corpus_N, row_N = self._locate(np.arange(step * rows, (step + steps) * rows, dtype=np.int64))
         alone = self._splits[0] if len(self._splits) == 1 else None
-        found = alone.find(row_N, self.config.context) if isinstance(alone, PreparedSplit) else None
+        found = alone.find(row_N, self.context) if isinstance(alone, PreparedSplit) else None
         made = _Stretch(step, step + steps, corpus_N, row_N, found)
         # The one before stays: while a thread reads step + 1, its caller asks for the weight of `step`.
         self._kept = (made, *self._kept[:1])
@@ -233,7 +261,7 @@ class Loader:
 
     def _rows(self, kept: _Stretch, first: int, index: int, micro: int) -> Batch:
         """The micro-batch that begins at row `index` of the global batch, whose row 0 is at `first` of the stretch."""
-        context, these = self.config.context, slice(first + index, first + index + micro)
+        context, these = self.context, slice(first + index, first + index + micro)
         if kept.found is not None:
             assert isinstance(self._splits[0], PreparedSplit)
             batch = self._splits[0].take(kept.found, these, context, masking=self.masking)
@@ -248,6 +276,9 @@ class Loader:
                     if len(at := np.flatnonzero(corpus_B == number))
                 ]
             )
+        if self._view is not None:
+            place_B = kept.step * self.config.global_batch + np.arange(these.start, these.stop)
+            batch = self._view.see(batch, seed=self._seed, place_B=place_B, use="train")
         return replace(batch, index=index) if index else batch
 
     def announce(self, step: int, rank: int, world: int) -> None:
@@ -261,7 +292,7 @@ class Loader:
             first = later * self.config.global_batch + rank * micro + np.arange(accumulation) * world * micro
             corpus_N, row_N = self._locate((first[:, None] + np.arange(micro)).ravel())
             for number, split in enumerate(self._splits):
-                if isinstance(split, PreparedSplit) and not split.want(row_N[corpus_N == number], self.config.context):
+                if isinstance(split, PreparedSplit) and not split.want(row_N[corpus_N == number], self.context):
                     return  # as much as the cache may hold is on its way
             self._announced = later + 1
 
@@ -283,21 +314,17 @@ def _check_mixture(corpora: Sequence[Corpus]) -> None:
             raise CorpusError(f"{twin.path} and {corpus.path} are the same corpus; give it once, with a larger weight")
         for what, ours, theirs in (
             ("kind", first.kind, corpus.kind),
-            ("tokenizer sha256", _tokenizer(first), _tokenizer(corpus)),
+            ("meaning of symbols", first.meaning, corpus.meaning),
             ("alphabet", first.alphabet, corpus.alphabet),
-            ("end symbol", first.bos, corpus.bos),
+            ("start symbol", first.bos, corpus.bos),
             ("grid", first.grid, corpus.grid),
+            ("number of classes", first.labels, corpus.labels),
         ):
             if ours != theirs:
                 raise CorpusError(
                     f"{corpus.path} cannot be mixed with {first.path}: its {what} is {theirs}, the other's is {ours}; "
-                    "prepare both with the same tokenizer (prepare.tokenizer.path)"
+                    "prepare both alike (of a stream, with the same prepare.tokenizer.path)"
                 )
-
-
-def _tokenizer(corpus: Corpus) -> str | None:
-    sha256: str | None = (corpus.manifest.get("tokenizer") or {}).get("sha256")
-    return sha256
 
 
 def _interleave(parts: Sequence[tuple[torch.Tensor, Batch]]) -> Batch:

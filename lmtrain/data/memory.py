@@ -15,7 +15,7 @@ import torch
 
 from lmtrain.data.symbols import Tokenizer
 from lmtrain.errors import CorpusError, InputError
-from lmtrain.protocol import Batch, Cond
+from lmtrain.protocol import Batch, Cond, Measure
 
 
 def begins(end_D: np.ndarray, *, position: int, count: int) -> np.ndarray:
@@ -106,6 +106,9 @@ class MemoryCorpus:
     kind = "text"
     grid: tuple[int, int, int] | None = None
     labels = 0
+    record: int | None = None
+    unit = "document"
+    measure = Measure()
 
     def __init__(self, tokenizer: Tokenizer, documents: Iterable[bytes], *, name: str = "data") -> None:
         """Raises InputError when there is nothing to score, TokenizerError for bytes that cannot be encoded."""
@@ -158,6 +161,15 @@ class MemoryCorpus:
     def symbol_dims(self) -> int:
         """0: text has no dimensions."""
         return 0
+
+    @property
+    def meaning(self) -> str:
+        """The tokenizer's sha256."""
+        return f"tokenizer {self._tokenizer.sha256}"
+
+    def pieces(self) -> list[bytes]:
+        """The raw bytes of each symbol."""
+        return [self.decode([v]) for v in range(self.alphabet)]
 
     def split(self, name: str = "data") -> MemorySplit:
         """The one split, called `data`."""

@@ -28,7 +28,8 @@ from lmtrain.data.blocks import Progress, RawBlock, Workers, silent, worker_coun
 from lmtrain.data.layout import MANIFEST, canonical, file_sha256, write_file
 from lmtrain.data.plan import Planner, digest, planned_source
 from lmtrain.data.prepare import PrepareConfig, Prepared, read_source, report, write_manifest
-from lmtrain.data.sources import documents
+from lmtrain.data.record_sources import RecordSource
+from lmtrain.data.sources import SourceConfig, documents
 from lmtrain.data.splits import Division
 from lmtrain.data.workplace import PLAN, Workplace, clear, friendly
 from lmtrain.data.writer import finished_block
@@ -99,6 +100,8 @@ def prepare_part(
 
     ConfigError when the tokenizer would have to be trained.
     """
+    if isinstance(config.source, RecordSource):
+        raise ConfigError(f"--part {part} is for text; records ({config.source.kind}) are prepared in one go")
     if config.tokenizer.path is None and config.tokenizer.kind != "bytes":
         raise ConfigError(
             f"--part {part} wants a tokenizer that is fixed beforehand, since no part sees all of the text; train it "
@@ -156,6 +159,7 @@ def _make(config: PrepareConfig, folder: Path, part: Part, workers: Workers) -> 
 
 def _block(config: PrepareConfig, number: int) -> list[bytes]:
     """The raw documents of a block, from the source itself: it may be another part's."""
+    assert isinstance(config.source, SourceConfig)
     for at, (raw, _) in enumerate(blocks.cut(documents(config.source), config.block_bytes, read=lambda size: None)):
         if at == number:
             return raw

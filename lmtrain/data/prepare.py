@@ -1,4 +1,5 @@
 """From a source to a prepared corpus: `prepare`. Restartable, and the same files for any number of processes.
+Sources of records (images, tables) go another, shorter way: records.py.
 
 In `<out>.partial`, which one preparation at a time holds by flock:
   read       the source once, in this process: blocks of raw documents (blocks.py)
@@ -20,17 +21,21 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import blocks, stages
 from lmtrain.data.blocks import Progress, RawBlock, Workers, silent, worker_count
 from lmtrain.data.layout import MANIFEST
 from lmtrain.data.plan import Plan, Planner, digest, planned_source
+from lmtrain.data.record_sources import KINDS as RECORDS
+from lmtrain.data.record_sources import RecordSource
+from lmtrain.data.records import check_config, prepare_records
 from lmtrain.data.sources import SourceConfig, documents
 from lmtrain.data.splits import NAMES, SplitConfig
 from lmtrain.data.tokenizer import TokenizerConfig
@@ -44,7 +49,9 @@ __all__ = ["PrepareConfig", "Prepared", "Progress", "SplitConfig", "prepare", "t
 class PrepareConfig(Config):
     """What a corpus is made of and how. All of it is part of the corpus; how many processes make it is not."""
 
-    source: SourceConfig = Field(SourceConfig(), description="where the documents come from")
+    source: SourceConfig | RecordSource = Field(
+        SourceConfig(), description="where the documents (text) or records (images, tables) come from"
+    )
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="which symbols they are written in")
     split: SplitConfig = Field(SplitConfig(), description="what is held out")
     block_bytes: int = Field(64 << 20, ge=1, description="raw bytes of a block, the unit of work and of a token file")
@@ -58,8 +65,17 @@ class PrepareConfig(Config):
         0.0, ge=0, lt=1, description="leakage: drop documents with more than this share of their 13-grams held out"
     )
 
+    @field_validator("source", mode="wrap")
+    @classmethod
+    def _by_kind(cls, tree: Any, handler: Any) -> Any:
+        if not isinstance(tree, Mapping):
+            return handler(tree)
+        return (RecordSource if tree.get("kind") in RECORDS else SourceConfig).model_validate(tree)
+
     @model_validator(mode="after")
     def _agree(self) -> PrepareConfig:
+        if isinstance(self.source, RecordSource):
+            check_config(self)
         if not self.leakage and self.drop in ("leakage", "both"):
             raise ValueError(f"drop = {self.drop} needs leakage = true")
         if self.drop_share and self.drop not in ("leakage", "both"):
@@ -79,7 +95,10 @@ class Prepared:
     def to_json(self) -> dict[str, Any]:
         """For programs."""
         keys = ("counts", "words_eos", "tokenizer", "split", "duplicates", "leakage", "drop")
-        facts = {key: self.manifest[key] for key in keys}
+        facts = {key: self.manifest.get(key) for key in keys}
+        facts |= {
+            key: self.manifest[key] for key in ("kind", "alphabet", "record", "grid", "labels") if key in self.manifest
+        }
         return {"path": str(self.path), "fingerprint": self.fingerprint, "reused": self.reused, **facts}
 
     def describe(self) -> str:
@@ -89,10 +108,12 @@ class Prepared:
         names = [name for name in NAMES if name in manifest["counts"]]
         for name in names:
             count = manifest["counts"][name]
-            lines.append(
-                f"  {name}: {count['documents']:,} documents, {count['symbols']:,} symbols, {count['words']:,} words, "
-                f"{count['bytes']:,} bytes"
-            )
+            what = f"documents, {count['symbols']:,} symbols, {count['words']:,} words, {count['bytes']:,} bytes"
+            lines.append(f"  {name}: {count['documents']:,} {'records' if 'record' in manifest else what}")
+        if "record" in manifest:
+            shape = "x".join(map(str, manifest["grid"] or [manifest["record"]]))
+            values = f"{manifest['alphabet']} levels" if manifest["alphabet"] else "real numbers"
+            lines.append(f"  a record: {manifest['kind']} {shape} of {values}, {manifest['labels'] or 'no'} classes")
         same = manifest["duplicates"]
         inside = ", ".join(f"{same['within'][name]} in {name}" for name in names)
         across = ", ".join(f"{count} in {pair}" for pair, count in same["across"].items())
@@ -138,7 +159,9 @@ def prepare(
             if not force and place.is_made():  # by another process, meanwhile
                 place.abandon()
                 return report(out, reused=True)
-            if not place.is_complete():
+            if not place.is_complete() and isinstance(config.source, RecordSource):
+                prepare_records(config, place.partial, progress or silent)
+            elif not place.is_complete():
                 with Workers(processes, lock=place.lock, progress=progress or silent) as workers:
                     _prepare(config, place.partial, workers)
             place.publish()
@@ -150,6 +173,8 @@ def train_tokenizer(config: PrepareConfig, out: Path | str, *, progress: Progres
 
     It sees the train split alone, without what would be dropped. Raises as `prepare` does.
     """
+    if isinstance(config.source, RecordSource):
+        raise ConfigError(f"prepare.source.kind = {config.source.kind} gives records, which need no tokenizer")
     if config.tokenizer.path is not None:
         raise ConfigError(f"prepare.tokenizer.path = {config.tokenizer.path} is trained already; leave it out to train")
     out = Path(out)
@@ -201,6 +226,7 @@ def read_source(
 
     out: list[RawBlock] = []
     start = 0
+    assert isinstance(config.source, SourceConfig)
     for raw, groups in blocks.cut(documents(config.source), config.block_bytes, read=count):
         block = blocks.describe(len(out), start, raw, groups)
         if block.number % part[1] == part[0]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lmtrain.data.layout import FIELDS, runs
+from lmtrain.errors import ConfigError
 from lmtrain.protocol import Batch, Cond
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class PreparedSplit:
         self.bytes = int(count[2]) - int(self._dropped["bytes"].sum())
         self.words = int(count[3]) - int(self._dropped["words"].sum())
         self._rows_RK = (low_FRK[1], high_FRK[1])
+        self.record = corpus.record
+        self._dtype = np.int64 if corpus.alphabet else np.float32
         self._weights: tuple[tuple[int, int], torch.Tensor] | None = None
         self._cut(low_FRK[0].T, high_FRK[0].T)
 
@@ -84,7 +87,15 @@ class PreparedSplit:
         return f"PreparedSplit({self.name!r}, symbols={self.symbols}, documents={self.documents})"
 
     def rows(self, context: int) -> int:
-        """How many rows of `context` symbols the split has; the last one may be padded."""
+        """How many rows of `context` symbols the split has; the last one may be padded. Rows of records are records.
+
+        ConfigError when records have another length.
+        """
+        if self.record not in (None, context):
+            raise ConfigError(
+                f"data.context = {context}, but a record of {self.corpus.path} has {self.record} symbols; leave "
+                "data.context out"
+            )
         return -(-self.symbols // context)
 
     def row_symbols(self, index_N: np.ndarray, context: int) -> np.ndarray:
@@ -95,15 +106,17 @@ class PreparedSplit:
         return out
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """int64 symbols of [start, stop) of the concatenation; IndexError outside of it."""
+        """int64 symbols (reals: float32) of [start, stop) of the concatenation; IndexError outside of it."""
         if not 0 <= start <= stop <= self.symbols:
             raise IndexError(f"[{start}, {stop}) is not inside the {self.symbols} symbols of split {self.name!r}")
         out = np.empty(stop - start, self.corpus.dtype)
         self._copy(start, out)
-        return out.astype(np.int64)
+        return out.astype(self._dtype)
 
     def start_symbol(self, position: int) -> int:
-        """The symbol before `position`; the end symbol (= BOS) before position 0."""
+        """The symbol before `position`; the end symbol (= BOS) before position 0, and before every record."""
+        if self.record is not None and position % self.record == 0:
+            return self.corpus.bos
         return int(self.read(position - 1, position)[0]) if position else self.corpus.bos
 
     def document_ends(self) -> np.ndarray:
@@ -123,7 +136,7 @@ class PreparedSplit:
         return np.cumsum(np.concatenate(lengths)) if lengths else np.zeros(0, np.int64)
 
     def fetch(self, index_B: np.ndarray, context: int, *, masking: bool = False) -> Batch:
-        """The rows `index_B` (int64; -1 = a padding row of weight 0) as a Batch of int64 [B, context].
+        """The rows `index_B` (int64; -1 = a padding row of weight 0) as a Batch of int64 or float32 [B, context].
 
         Raises CorpusError when a symbol lies in a damaged file, IndexError for a row that the split does not have.
         """
@@ -144,8 +157,9 @@ class PreparedSplit:
     def take(self, rows: Rows, these: slice, context: int, *, masking: bool = False) -> Batch:
         """`fetch` of some of the rows that were found."""
         position_B = rows.position_N[these].copy()
-        x_BT = np.empty((len(position_B), context), np.int64)
+        x_BT = np.empty((len(position_B), context), self._dtype)
         start_B = np.empty(len(position_B), np.int64)
+        label_B = np.zeros(len(position_B), np.int64) if self.corpus.labels else None
         self.corpus.check_open()
         verified = self.corpus.verified
         weight_BT = whole_BT = self._ones(len(position_B), context)
@@ -155,7 +169,7 @@ class PreparedSplit:
                 if symbols is None:
                     symbols = self.corpus.symbols(block, offset - 1, offset + context)
                 x_BT[at] = symbols[offset : offset + context]
-                start_B[at] = symbols.item(offset - 1)
+                start_B[at] = symbols.item(offset - 1) if self.record is None else self.corpus.bos
             else:
                 start_B[at], count = self._row(x_BT[at], int(position_B[at]))
                 if count < context:
@@ -164,12 +178,26 @@ class PreparedSplit:
                     weight_BT[at, count:] = 0.0
                     if not count:
                         position_B[at] = -1
+                        continue
+            if label_B is not None:
+                label_B[at] = self._label(block, offset, int(position_B[at]))
         return Batch(
             x_BT=torch.from_numpy(x_BT),
             weight_BT=weight_BT,
-            cond=Cond(torch.from_numpy(start_B), self._first(position_B, context) if masking else None),
+            cond=Cond(
+                torch.from_numpy(start_B),
+                self._first(position_B, context) if masking else None,
+                None if label_B is None else torch.from_numpy(label_B),
+            ),
             position_B=torch.from_numpy(position_B),
         )
+
+    def _label(self, block: int, offset: int, position: int) -> int:
+        """The class of the record at `position`. block: -1 where it is to be looked up."""
+        assert self.record is not None
+        if block < 0:
+            block, offset, _, _ = self._pieces(position, 1)[0]
+        return int(self.corpus.documents(block)["label"][offset // self.record])
 
     def want(self, index_N: np.ndarray, context: int) -> bool:
         """Have what these rows lie in fetched beforehand, if it is remote; False when no more can be."""

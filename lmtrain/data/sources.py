@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -149,26 +150,80 @@ def _read_files(config: SourceConfig, found: list[tuple[str | None, list[Any]]])
 
 
 def _huggingface(config: SourceConfig) -> Iterator[Document]:
-    import datasets
-
     assert config.name is not None
-    try:
-        parts = datasets.load_dataset(config.name, config.subset, revision=config.revision, streaming=True)
-    except Exception as error:  # the library raises of everything: network, hub, builder, file system
-        raise CorpusError(f"the dataset {config.name} cannot be loaded: {_first_line(error)}") from None
-    for ours, theirs in _chosen(config, list(parts)):
+    parts = _load(config.name, config.subset, config.revision)
+    for ours, theirs in _chosen(config.name, config.splits, list(parts)):
         yield from _rows(parts[theirs], config, split=None if ours == "all" else ours, theirs=theirs)
 
 
-def _chosen(config: SourceConfig, theirs: list[str]) -> list[tuple[str, str]]:
+def _load(name: str, subset: str | None, revision: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, revision=revision, streaming=True)
+    except Exception as error:  # the library raises of everything: network, hub, builder, file system
+        raise CorpusError(f"the dataset {name} cannot be loaded: {_first_line(error)}") from None
+
+
+def dataset_images(
+    name: str, subset: str | None, revision: str | None, splits: Mapping[Any, str] | None, image: str, label: str | None
+) -> list[tuple[str | None, Iterator[tuple[bytes, int | None, str]]]]:
+    """(our split, rows) of a dataset of images; a row is (encoded image, class, name for messages)."""
+    parts = _load(name, subset, revision)
+    return [
+        (None if ours == "all" else ours, _images(parts[theirs], image, label, f"the dataset {name}, split {theirs}"))
+        for ours, theirs in _chosen(name, splits, list(parts))
+    ]
+
+
+def _images(part: Any, image: str, label: str | None, where: str) -> Iterator[tuple[bytes, int | None, str]]:
+    import datasets
+
+    wanted = [image] if label is None else [image, label]
+    known = part.column_names or wanted  # None when only the rows tell
+    for column in wanted:
+        if column not in known:
+            key = "image" if column == image else "label"
+            raise CorpusError(f"{where}: no column {column!r}; there are {', '.join(known)}; set source.{key}")
+    try:
+        part = part.select_columns(wanted).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:
+        raise CorpusError(f"{where}: column {image!r} holds no images: {_first_line(error)}") from None
+    for number, row in enumerate(_checked(_streamed(part), where), start=1):
+        at = f"{where} row {number}"
+        value = row[image]
+        if not isinstance(value, Mapping) or not (value.get("bytes") or value.get("path")):
+            raise CorpusError(f"{at}: column {image!r} holds no image")
+        data = value["bytes"] or Path(value["path"]).read_bytes()
+        kind = None if label is None else row[label]
+        if label is not None and not (isinstance(kind, int) and 0 <= kind < 1 << 16):
+            raise CorpusError(f"{at}: column {label!r} is {kind!r}; a class is a whole number from 0 to 65,535")
+        yield data, kind, at
+
+
+def _checked(rows: Iterator[Any], where: str) -> Iterator[Any]:
+    """The rows; CorpusError for whatever the library raises between them."""
+    row = 0
+    while True:
+        try:
+            value = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise CorpusError(f"{where}: cannot be read after row {row}: {_first_line(error)}") from None
+        row += 1
+        yield value
+
+
+def _chosen(name: str, splits: Mapping[Any, str] | None, theirs: list[str]) -> list[tuple[str, str]]:
     """(our split, theirs) in our order. A dataset of one part is not split by its source."""
-    there = f"the dataset {config.name} has the splits {', '.join(theirs)}"
-    if config.splits is not None:
-        for ours, name in config.splits.items():
-            if name not in theirs:
-                raise CorpusError(f"source.splits.{ours} = {name}: {there}")
+    there = f"the dataset {name} has the splits {', '.join(theirs)}"
+    if splits is not None:
+        for ours, wanted in splits.items():
+            if wanted not in theirs:
+                raise CorpusError(f"source.splits.{ours} = {wanted}: {there}")
         order = ("all", "train", "valid", "test")
-        return sorted(config.splits.items(), key=lambda item: order.index(item[0]))
+        return sorted(splits.items(), key=lambda item: order.index(item[0]))
     if len(theirs) == 1:
         return [("all", theirs[0])]
     chosen = {_THEIR_NAMES[name]: name for name in theirs if name in _THEIR_NAMES}
@@ -184,16 +239,7 @@ def _rows(part: Any, config: SourceConfig, *, split: str | None, theirs: str) ->
         if config.field not in known:
             raise CorpusError(f"{where}: no column {config.field!r}; there are {', '.join(known)}; set source.field")
         part = part.select_columns([config.field])  # images and sounds beside the text are not decoded
-    row = 0
-    rows = _streamed(part)
-    while True:
-        try:
-            value = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise CorpusError(f"{where}: cannot be read after row {row}: {_first_line(error)}") from None
-        row += 1
+    for row, value in enumerate(_checked(_streamed(part), where), start=1):
         raw = files.text_of(value, config.field, where=f"{where} row {row}")
         yield Document(raw, split, f"{config.name}/{theirs}#{row}")
 

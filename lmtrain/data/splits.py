@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -61,9 +62,23 @@ class SplitConfig(Config):
         allow_inf_nan=False,
         description="the same for the test split; when not given: none, but hash 0.05 if valid is not given either",
     )
+    folds: int | None = Field(
+        None, ge=3, le=BUCKETS, description="kind hash: cut the buckets into so many folds; not with valid and test"
+    )
+    fold: int | None = Field(
+        None,
+        ge=1,
+        description="which fold is test, counted from 1; the one before it (the last before the first) is valid, the "
+        "rest train. Without folds: the number in the names of a source that brings folds",
+    )
 
     @model_validator(mode="after")
     def _limits(self) -> SplitConfig:
+        if self.folds is not None:
+            if self.kind not in ("hash", "auto") or self.valid is not None or self.test is not None:
+                raise ValueError("split.folds is for kind hash, and says all of valid and test; leave the others out")
+            if self.fold is None or self.fold > self.folds:
+                raise ValueError(f"split.folds = {self.folds} wants split.fold from 1 to {self.folds}")
         sizes = {"valid": self.valid or 0.0, "test": self.test or 0.0}
         for name, size in sizes.items():
             if size >= 1 and self.kind not in ("tail", "auto"):
@@ -154,6 +169,8 @@ def divide(
     count = sum(documents.values())
     brings = not documents.get(NO_GROUP) and bool(documents.get(0)) and len([g for g in documents if documents[g]]) > 1
     kind = config.kind
+    if config.folds is not None and config.fold is not None:
+        return Division("hash", _fold(config.fold - 1, config.folds))
     if kind == "auto":
         kind = "source" if brings else "tail" if count < _FEW else "hash"
     if kind == "tail":
@@ -215,6 +232,17 @@ def _carve(*, test: int, valid: int, own: Mapping[str, int]) -> dict[str, dict[s
             splits[name] = {"groups": [own[name]], "buckets": [[0, BUCKETS]]}
         elif high > low:
             splits[name] = {"groups": [0], "buckets": [[low, high]]}
+    return splits
+
+
+def _fold(fold: int, folds: int) -> dict[str, dict[str, Any]]:
+    """Fold `fold` (from 0) is test, the one before it valid; the buckets between folds are those of all others."""
+    edges = [number * BUCKETS // folds for number in range(folds + 1)]
+    held = {"test": fold, "valid": (fold - 1) % folds}
+    train = [[low, high] for n, (low, high) in enumerate(pairwise(edges)) if n not in held.values()]
+    splits: dict[str, dict[str, Any]] = {"train": {"groups": [0], "buckets": train}}
+    for name in ("valid", "test"):
+        splits[name] = {"groups": [0], "buckets": [[edges[held[name]], edges[held[name] + 1]]]}
     return splits
 
 

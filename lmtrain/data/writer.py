@@ -26,6 +26,7 @@ from lmtrain.data.layout import (
     INDEX,
     INDEX_CHECKS,
     MANIFEST,
+    REALS,
     SYMBOL_BYTES,
     VERSION,
     canonical,
@@ -55,11 +56,12 @@ def write_block(
     documents: Sequence[tuple[Any, np.ndarray, int, int]],
     *,
     dtype: np.dtype[Any] | str,
+    labels: Sequence[int] | np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Write one block and its restart marker; returns the marker's content, which `finish` wants.
 
     documents: (raw bytes or an object with `.raw`, symbols with the end symbol, group, words) in order of arrival.
-    dtype: uint8, uint16 or uint32, what `smallest_dtype(alphabet)` gives.
+    dtype: uint8, uint16 or uint32, what `smallest_dtype(alphabet)` gives; or float32. labels: class of each document.
     Raises CorpusError for a symbol that does not fit, a document without symbols, an unknown group, a full disk.
     """
     dtype = np.dtype(dtype).newbyteorder("<")
@@ -75,6 +77,8 @@ def write_block(
         row["hash"], row["hash2"], row["bucket"] = document_hash(raw)
         row["symbols"], row["bytes"], row["words"], row["group"] = len(symbols), len(raw), words, group
 
+    if labels is not None:
+        rows["label"] = labels
     order = np.argsort(_columns(rows), kind="stable")
     rows = rows[order]
     rows["offset"] = np.cumsum(rows["symbols"]) - rows["symbols"]
@@ -82,11 +86,17 @@ def write_block(
     largest = -1
     for row, at in zip(rows, order.tolist(), strict=True):
         symbols = np.asarray(documents[at][1])
+        tokens_of = slice(int(row["offset"]), int(row["offset"] + row["symbols"]))
+        if dtype == REALS:
+            if not np.isfinite(symbols).all():
+                raise CorpusError(f"a number of block {number} is not finite; leave such records out")
+            tokens[tokens_of] = symbols
+            continue
         top = int(symbols.max())
         if int(symbols.min()) < 0 or top > np.iinfo(dtype).max:
             raise CorpusError(f"a symbol of block {number} lies outside {dtype.name}: {symbols.min()} .. {top}")
         largest = max(largest, top)
-        tokens[int(row["offset"]) : int(row["offset"] + row["symbols"])] = symbols
+        tokens[tokens_of] = symbols
 
     data = tokens.data.cast("B") if tokens.size else memoryview(b"")
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +153,9 @@ def finish(
 ) -> str:
     """Write index and manifest (last, atomically), remove the restart markers; returns the fingerprint.
 
-    header: kind, alphabet, bos, tokenizer {kind, sha256, file}, split {kind, splits: {name: {groups: [g, ...],
-        buckets: [lo, hi] or [[lo, hi], ...] half-open}}}; more keys (reports) go into the manifest as they are. No
-        times, host names or paths.
+    header: kind, alphabet, bos, tokenizer {kind, sha256, file} (records: None, and `record`, their symbols), split
+        {kind, splits: {name: {groups: [g, ...], buckets: [lo, hi] or [[lo, hi], ...] half-open}}}; more keys (reports)
+        go into the manifest as they are. No times, host names or paths.
     blocks: what `write_block` returned, numbers 0 .. n - 1.
     dropped: "block:row" of documents that no split shall have; row counts in the block's documents file.
     symbol_bytes_V: raw bytes that each symbol stands for (text).
@@ -189,7 +199,7 @@ def finish(
         "dtype": blocks[0]["dtype"],
         "blocks": len(blocks),
         "split": split,
-        "counts": _counts(split["splits"], index, dropped_rows),
+        "counts": _counts(split["splits"], index, dropped_rows, record=header.get("record")),
         "dropped": [f"{row['block']}:{row['row']}" for row in dropped_rows],
         "files": names,
     }
@@ -261,8 +271,10 @@ def _normal(name: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {"groups": groups, "buckets": [[int(lo), int(hi)] for lo, hi in buckets]}
 
 
-def _counts(splits: Mapping[str, Any], index: np.ndarray, dropped: np.ndarray) -> dict[str, dict[str, int]]:
-    """Counts per split; CorpusError when splits overlap or one is empty."""
+def _counts(
+    splits: Mapping[str, Any], index: np.ndarray, dropped: np.ndarray, *, record: int | None
+) -> dict[str, dict[str, int]]:
+    """Counts per split; CorpusError when splits overlap or one is empty. Records have dimensions: their symbols."""
     totals = {field: np.diff(index[at].sum(axis=1)) for at, field in enumerate(FIELDS)}
     for row in dropped:
         for field in FIELDS:
@@ -278,6 +290,8 @@ def _counts(splits: Mapping[str, Any], index: np.ndarray, dropped: np.ndarray) -
                     f"splits {other!r} and {name!r} both hold group {column // BUCKETS}, bucket {column % BUCKETS}"
                 )
         counts[name] = {field: int(totals[field][wanted].sum()) for field in FIELDS}
+        if record is not None:
+            counts[name]["dims"] = counts[name]["symbols"]
     for name, count in counts.items():
         if not count["documents"]:
             others = ", ".join(f"{other} {c['documents']}" for other, c in counts.items())

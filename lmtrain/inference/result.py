@@ -6,11 +6,11 @@ Shapes in names: K denominators of the interval.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmtrain.inference.interval import LABEL, MIN_UNITS, Interval
-from lmtrain.protocol import LN2, Score
+from lmtrain.protocol import LN2, Measure, Score
 
 DEFINITIONS = {
     "symbols": "every symbol of the set exactly once, including one end symbol per document",
@@ -19,7 +19,10 @@ DEFINITIONS = {
     "bits_per_byte": "nats / (ln 2 * raw bytes); the end symbols' nats count, their bytes are 0",
     "word_perplexity": "exp(nats / words), words separated by ASCII white space",
     "word_perplexity_eos": "exp(nats / (words + lines)), the PTB and WikiText count with one <eos> a line",
-    "bits_per_dim": "nats / (ln 2 * dimensions)",
+    "nats_per_record": "nats / records, of the numbers that the model reads",
+    "bits_per_dim": "(nats + offset) / (ln 2 * dimensions); offset: nats that bring the numbers which the model reads "
+    "back to the units of the data",
+    "log_likelihood": "of real numbers: minus nats per record, in the model's (standardised) and in the data's units",
     "mode window": "rows of `context` symbols that do not overlap, each begun from the symbol before it",
     "mode sliding": "rows of `context` symbols every `stride`; a row scores what the rows before it did not",
     "mode carried": "the state starts at zero at each document's start and is carried to its end; context null",
@@ -36,7 +39,7 @@ class Result:
     document's start; stride None: not sliding). share: scored symbols / symbols of the split, 1 when complete.
     documents: those with a scored symbol. lines: None where they were not counted. exact: whether the code length is
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
-    be drawn from.
+    be drawn from. records: those that were scored, None where rows are cut from a stream. measure: what they measure.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Result:
     exact: bool = False
     lines: float | None = None
     tokenizer: str | None = None
+    records: int | None = None
+    measure: Measure = field(default_factory=Measure)
 
     @property
     def complete(self) -> bool:
@@ -79,6 +84,31 @@ class Result:
         return text + (", attention cut at documents" if self.masking else "")
 
     @property
+    def nats_per_record(self) -> float | None:
+        """nats / records; None where there are none."""
+        return self.score.nats / self.records if self.records else None
+
+    @property
+    def log_likelihood(self) -> tuple[float, float] | None:
+        """Mean log-density of a record of real numbers: (in the model's units, in the data's); None for symbols."""
+        value = self.nats_per_record
+        if value is None or self.measure.kind == "exact":
+            return None
+        return -value, -value - self.measure.offset
+
+    @property
+    def dims_note(self) -> str | None:
+        """What bits per dimension are, or why there are none; None where there are no records."""
+        if self.records is None:
+            return None
+        what = {
+            "exact": "exact: probabilities of symbols",
+            "bound": "an upper bound: a density of dequantised symbols, one draw of the noise",
+            "density": "none: a density of real numbers has no bits, its value depends on the unit of measurement",
+        }[self.measure.kind]
+        return f"{what} ({self.measure.view})" if self.measure.view else what
+
+    @property
     def interval_note(self) -> str:
         """What the interval covers, or why there is none."""
         if self.interval is None:
@@ -100,19 +130,28 @@ class Result:
         return "canonical segmentation: an upper bound; exact for bytes, and characters without byte fallback"
 
     def bounds(self, name: str) -> tuple[float, float] | None:
-        """Both bounds of nats_per_symbol, perplexity, bits_per_byte or bits_per_dim; None without an interval."""
-        if self.interval is None or getattr(self.score, name) is None:
+        """Both bounds of nats_per_symbol, nats_per_record, perplexity, bits_per_byte or bits_per_dim; None without an
+        interval."""
+        held = self if name == "nats_per_record" else self.score
+        if self.interval is None or getattr(held, name) is None:
             return None
         k = 1 if name == "bits_per_byte" else 0
         low, high = self.interval.low_K[k], self.interval.high_K[k]
         if name == "perplexity":
             return Score(low, 1.0).perplexity, Score(high, 1.0).perplexity
-        scale = 1.0
+        scale, more = 1.0, 0.0
         if name == "bits_per_byte":
             scale = LN2
         elif name == "bits_per_dim":
             scale = LN2 * self.score.dims / self.score.symbols
-        return low / scale, high / scale
+            more = self.score.offset / self.score.symbols  # the same for every record, whichever are drawn
+        elif name == "nats_per_record":
+            scale = (self.records or 1) / self.score.symbols
+        return (low + more) / scale, (high + more) / scale
+
+    @property
+    def _view(self) -> str:
+        return self.measure.view or "as it is"
 
     def _units(self) -> str:
         return self.unit if self.units == 1 else _PLURAL.get(self.unit, self.unit + "s")
@@ -141,7 +180,7 @@ class Result:
                 "replicates": self.interval.replicates,
                 "covers": self.interval.label,
             }
-            for name in ("nats_per_symbol", "perplexity", "bits_per_byte", "bits_per_dim"):
+            for name in ("nats_per_symbol", "nats_per_record", "perplexity", "bits_per_byte", "bits_per_dim"):
                 found = self.bounds(name)
                 interval[name] = None if found is None else [_finite(found[0]), _finite(found[1])]
         return {
@@ -169,7 +208,14 @@ class Result:
             "bits_per_byte_is": self.bits_note,
             "word_perplexity": _finite(score.word_perplexity),
             "word_perplexity_eos": _finite(self.word_perplexity_eos),
+            "records": self.records,
+            "view": self.measure.view or None,
+            "nats_per_record": _finite(self.nats_per_record),
+            "log_likelihood": None if self.log_likelihood is None else _finite(self.log_likelihood[0]),
+            "log_likelihood_data_units": None if self.log_likelihood is None else _finite(self.log_likelihood[1]),
+            "offset_per_record": self.measure.offset if self.records is not None else None,
             "bits_per_dim": _finite(score.bits_per_dim),
+            "bits_per_dim_is": self.dims_note,
             "interval": interval,
             "interval_note": self.interval_note,
             "definitions": DEFINITIONS,
@@ -187,19 +233,27 @@ class Result:
             text = note if found is None else f"[{found[0]:.4f}, {found[1]:.4f}]  {note}"
             rows.append((label, f"{value:.4f}", text))
 
-        rows.append(("symbols", f"{score.symbols:,.0f}", f"one end symbol for each document; {self._share()}"))
-        rows.append(("documents", f"{self.documents:,}", ""))
+        ends = "one end symbol for each document; " if self.records is None else ""
+        rows.append(("symbols", f"{score.symbols:,.0f}", f"{ends}{self._share()}"))
+        rows.append(("documents" if self.records is None else "records", f"{self.documents:,}", ""))
         if score.bytes:
             rows.append(("raw bytes", f"{score.bytes:,.0f}", ""))
         if score.words:
             rows.append(("words", f"{score.words:,.0f}", "separated by white space"))
         number("nats", score.nats)
         number("nats per symbol", score.nats_per_symbol, "nats_per_symbol")
-        number("perplexity (token)", score.perplexity, "perplexity")
+        number("nats per record", self.nats_per_record, "nats_per_record", self.measure.view)
+        if self.records is None:
+            number("perplexity (token)", score.perplexity, "perplexity")
+        if self.log_likelihood is not None:
+            number("log-likelihood", self.log_likelihood[0], None, f"a record, in the model's units ({self._view})")
+            number("log-likelihood, data", self.log_likelihood[1], None, "a record, in the units of the data")
         number("bits per byte", score.bits_per_byte, "bits_per_byte", self.bits_note or "")
         number("perplexity (word)", score.word_perplexity)
         number("perplexity (word, <eos>)", self.word_perplexity_eos, None, "PTB and WikiText count, one <eos> a line")
-        number("bits per dim", score.bits_per_dim, "bits_per_dim")
+        number("bits per dim", score.bits_per_dim, "bits_per_dim", self.dims_note or "")
+        if self.records is not None and score.bits_per_dim is None:
+            rows.append(("bits per dim", "-", self.dims_note or ""))
         wide = max(len(value) for _, value, _ in rows)
         lines = [f"{self.corpus} {self.split}: {self.how}"]
         lines += [f"  {label:<24} {value:>{wide}}  {note}".rstrip() for label, value, note in rows]

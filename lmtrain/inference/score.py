@@ -155,9 +155,10 @@ def _check(model: Model, corpus: Corpus, *, config: EvalConfig, context: int) ->
             f"eval.mode = carried needs a model that carries a state, {type(model).__name__} does not; "
             "use window or sliding"
         )
-    if config.mode != "window" and corpus.kind != "text":
+    if config.mode != "window" and corpus.record is not None:
         raise ConfigError(
-            f"eval.mode = {config.mode} is for text, and {corpus.path} holds {corpus.kind} records; use window"
+            f"eval.mode = {config.mode} is for streams, and {corpus.path} holds {corpus.unit}s, whose rows do not "
+            "continue each other; use window"
         )
 
 
@@ -185,20 +186,25 @@ class _Tally:
         self.documents = int(held_D.sum())
         self._end_D: np.ndarray | None = end_D
         held = held_D
-        self.unit = "document" if corpus.kind == "text" else "record"
-        if self.documents < MANY_DOCUMENTS:
+        self.unit = corpus.unit
+        if self.documents < MANY_DOCUMENTS and corpus.record is None:
             self._end_D = None
             self.unit = f"block of {BLOCK:,} symbols"
             held = _held(from_N // BLOCK, (to_N - 1) // BLOCK, -(-split.symbols // BLOCK))
         self.units = int(held.sum())
         self._unit = np.cumsum(held) - 1
         self.sums_GJ = np.zeros((groups(self.units), 4), dtype=np.float64)
-        self._bytes_V = np.asarray(corpus.symbol_bytes_V, dtype=np.float64)
         # A tokenizer decodes symbol by symbol, so that its symbols' own bytes say all there is to say.
-        pieces_V = [corpus.decode([v]) for v in range(corpus.alphabet)] if corpus.kind == "text" else []
+        pieces_V = corpus.pieces()
+        self._bytes_V = np.asarray(corpus.symbol_bytes_V, dtype=np.float64) if pieces_V else None
         self.exact = bool(pieces_V) and one_segmentation(pieces_V)
         self._newlines = _newlines(pieces_V) if pieces_V else None
         self._end = corpus.bos
+
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether symbols stand for bytes."""
+        return self._bytes_V is not None
 
     def add(self, batch: Batch, logp_BT: Tensor) -> None:
         """Add a call's rows. Symbols of weight 0 are not looked at, whatever the model says of them."""
@@ -214,8 +220,9 @@ class _Tally:
         position_N = batch.position_B.numpy()[b_N] + t_N
         where_N = position_N // BLOCK if self._end_D is None else np.searchsorted(self._end_D, position_N, "right")
         group_N = group_of(self._unit[where_N], self.units)
-        columns = [-logp_N * w_N, w_N, self._bytes_V[x_N] * w_N]
-        if self._newlines is not None:
+        columns = [-logp_N * w_N, w_N]
+        if self._bytes_V is not None and self._newlines is not None:
+            columns.append(self._bytes_V[x_N] * w_N)
             before_BT = np.concatenate([batch.cond.start_B.numpy()[:, None], x_BT[:, :-1]], axis=1)
             columns.append(self._lines(x_N, before_BT[b_N, t_N]) * w_N)
         for j, column_N in enumerate(columns):
@@ -267,7 +274,7 @@ def _result(
     nats, symbols, raw_bytes, lines = sums_GJ.sum(axis=0).tolist()
     assert symbols == cut.symbols, f"{symbols} symbols were scored, {cut.symbols} were to be"
     complete = cut.symbols == split.symbols
-    if complete and split.bytes and raw_bytes != split.bytes:
+    if complete and split.bytes and tally.counts_bytes and raw_bytes != split.bytes:
         raise CorpusError(
             f"{corpus.path}, split {split.name}: its symbols stand for {raw_bytes:.0f} raw bytes, the manifest says "
             f"{split.bytes}; tokenizer and shards do not belong together, prepare the corpus afresh"
@@ -283,6 +290,7 @@ def _result(
             words=float(split.words) if complete else 0.0,
             bytes=raw_bytes,
             dims=symbols * corpus.symbol_dims,
+            offset=tally.documents * corpus.measure.offset,
         ),
         mode=config.mode,
         context=None if config.mode == "carried" else context,
@@ -295,5 +303,7 @@ def _result(
         interval=bootstrap(sums_GJ[:, NATS], below_UK=sums_GJ[:, [SYMBOLS, BYTES]], unit=tally.unit, units=tally.units),
         exact=tally.exact,
         tokenizer=(corpus.manifest.get("tokenizer") or {}).get("kind"),
-        lines=lines if complete and corpus.kind == "text" else None,
+        lines=lines if complete and tally.counts_bytes else None,
+        records=tally.documents if corpus.record is not None else None,
+        measure=corpus.measure,
     )

@@ -14,13 +14,14 @@ from typing import Any
 
 from lmtrain.checkpoint import Checkpoints
 from lmtrain.checkpoint.reader import faults
+from lmtrain.config import read_yaml
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, EngineError
 from lmtrain.follower import scrub
 from lmtrain.launch import checks, command, hostfile, probe, variables
 from lmtrain.launch.hostfile import Host
 from lmtrain.launch.job import Job
 from lmtrain.launch.ssh import Answer, Reach, is_here
-from lmtrain.run import CHECKPOINTS
+from lmtrain.run import CHECKPOINTS, CONFIG
 from lmtrain.schema import RunConfig, load, need_train
 from lmtrain.stopping import STOP_FILE
 
@@ -237,9 +238,14 @@ class Launch:
     def _finished(self) -> bool:
         train, _ = need_train(self.config)
         try:
-            return self._step() >= train.length(self.config.data.global_batch * self.config.data.context)
+            step = self._step()
+            return bool(step) and step >= train.length(self.config.data.global_batch * self._context())
         except CheckpointError:
             return False
+
+    def _context(self) -> int:
+        """Symbols a row: as given, or as the run that saved found them."""
+        return self.config.data.context or int(read_yaml(self.config.folder / CONFIG)["data"]["context"])
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:

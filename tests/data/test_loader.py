@@ -320,7 +320,7 @@ def test_corpora_that_do_not_belong_together_are_refused_by_name(tmp_path, three
     with pytest.raises(CorpusError, match=r"wide cannot be mixed with .*0: its alphabet is 300, the other's is 257"):
         load(three[0], tmp_path / "wide")
     one_split(tmp_path / "end", [b"abc"], alphabet=257, end=0, label="end")
-    with pytest.raises(CorpusError, match=r"end cannot be mixed .* end symbol is 0"):
+    with pytest.raises(CorpusError, match=r"end cannot be mixed .* start symbol is 0"):
         load(three[0], tmp_path / "end")
     one_split(tmp_path / "twin", [b"abc"], label="t")
     one_split(tmp_path / "copy", [b"abc"], label="t")
@@ -329,7 +329,7 @@ def test_corpora_that_do_not_belong_together_are_refused_by_name(tmp_path, three
     other = open_corpus(tmp_path / "twin")
     other.manifest["tokenizer"]["sha256"] = "f" * 64
     config = DataConfig(corpus=[{"path": "a"}, {"path": "b"}])
-    with pytest.raises(CorpusError, match=r"twin cannot be mixed with .*0: its tokenizer sha256 is ffff"):
+    with pytest.raises(CorpusError, match=r"twin cannot be mixed with .*0: its meaning of symbols is tokenizer ffff"):
         Loader([open_corpus(three[0]), other], config, seed=0)
     with pytest.raises(ConfigError, match=r"1 corpora were opened, data\.corpus names 2"):
         Loader([open_corpus(three[0])], config, seed=0)

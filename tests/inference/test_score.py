@@ -220,7 +220,7 @@ def test_padding_is_not_counted() -> None:
     """43 symbols in rows of 8 are 48 places; nothing of the five others counts."""
     corpus, _ = corpus_of([b"a" * 42])
     result = score(NoCarry(257), corpus, context=8, batch=4, world=3)
-    assert result.score.row() == (pytest.approx(43 * math.log(257)), 43, 1, 42, 0)
+    assert result.score.row() == (pytest.approx(43 * math.log(257)), 43, 1, 42, 0, 0)
     assert close(result.score.perplexity, 257)
 
 
