@@ -1,11 +1,13 @@
 """The Image Transformer: what a query block sees, full attention as a special case, its stream, sizes, messages."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmtrain import models
+from lmtrain import models, schema
 from lmtrain.errors import ConfigError, InputError
 from lmtrain.nn.stream import RecomputingStream
 from lmtrain.protocol import Cond, Spec
@@ -257,3 +259,16 @@ def test_what_it_cannot_read_is_refused():
         make(**LINE)(torch.cat([x_BT, x_BT[:, :1]], 1), cond=cond)
     short = predict(make(push=0.3, **LINE), x_BT[:, :31], cond)
     torch.testing.assert_close(short, predict(make(push=0.3, **LINE), x_BT, cond)[:, :31], atol=1e-6, rtol=0)
+
+
+def test_the_paper_config_has_the_papers_size():
+    config = schema.load(Path(__file__).resolve().parents[2] / "configs" / "image_transformer-paper-cifar10.yaml")
+    _, model_config = schema.need_train(config)
+    with torch.device("meta"):
+        model = models.build(model_config, Spec(alphabet=256, context=3072, bos=256, grid=(32, 32, 3), labels=10))
+    D, hidden = 512, 2048
+    layer = (4 * D * D + 4 * D) + (2 * D * hidden + hidden + D) + 2 * 2 * D
+    tables = (3 * 256 + 1 + 32 + 32 + 3 + 256) * D
+    assert model.parameter_counts() == {"total": 12 * layer + tables, "without_embeddings": 12 * layer}
+    assert (model.blocks.size, model.blocks.room, len(model.blocks.memory)) == (256, 512, 12)
+    assert model.order is None
