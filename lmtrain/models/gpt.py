@@ -35,10 +35,11 @@ from lmtrain.nn.attention import Attention, KeyValueCache
 from lmtrain.nn.counting import parameters
 from lmtrain.nn.embedding import SymbolMatrix, read_out
 from lmtrain.nn.head import Categorical
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.mlp import MLP, Activation
 from lmtrain.nn.norms import NormKind, norm
 from lmtrain.nn.rotary import rotation
-from lmtrain.nn.rows import document_mask, document_positions, shift
+from lmtrain.nn.rows import document_mask, document_positions, need_symbols, shift
 from lmtrain.nn.stream import CachedStream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
@@ -89,6 +90,7 @@ class Config(ModelConfig):
     embed_dropout: float | None = Field(None, ge=0.0, lt=1.0)
     attention_dropout: float | None = Field(None, ge=0.0, lt=1.0)
     residual_dropout: float | None = Field(None, ge=0.0, lt=1.0)
+    conditional: bool = Field(False, description="add the vector of the row's class to every input")
 
     @model_validator(mode="before")
     @classmethod
@@ -197,6 +199,7 @@ class GPT(Model):
 
     def __init__(self, config: Config, *, spec: Spec) -> None:
         super().__init__()
+        need_symbols(spec, kind="gpt")
         self.config = config
         self.context = config.context or spec.context
         if self.context < spec.context:
@@ -213,6 +216,7 @@ class GPT(Model):
             if config.positions == "learned"
             else None
         )
+        self.label_embed = class_embedding(config.conditional, spec=spec, width=config.width, std=config.init_std)
         self.blocks = nn.ModuleList(Block(config, layer=i) for i in range(config.layers))
         self.final_norm = norm(config.norm, config.width, eps=config.norm_eps, bias=config.bias)
         self.lm_head = (
@@ -240,7 +244,7 @@ class GPT(Model):
             in_BT, first_BT = x_BT, None
         else:
             in_BT, first_BT = shift(x_BT, cond=cond, bos=self.bos), cond.first_BT
-        h_BTD = self._network(in_BT, first_BT=first_BT, cache=cache)
+        h_BTD = self._network(in_BT, cond=cond, first_BT=first_BT, cache=cache)
         return read_out(self.lm_head or self.embed, self.final_norm(h_BTD), x_BT, want=want)
 
     def predict(self, x_BT: Tensor, *, cond: Cond) -> Tensor:
@@ -261,7 +265,7 @@ class GPT(Model):
 
         return CachedStream(read, batch, cond=cond, context=self.context)
 
-    def _network(self, in_BT: Tensor, *, first_BT: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def _network(self, in_BT: Tensor, *, cond: Cond, first_BT: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         past = 0 if cache is None else cache.length
         T = in_BT.shape[1]
         if past + T > self.context:
@@ -269,6 +273,8 @@ class GPT(Model):
         position_T = torch.arange(past, past + T, device=in_BT.device)
         mask = None if first_BT is None else document_mask(first_BT)
         h_BTD: Tensor = self.embed(in_BT)
+        if self.label_embed is not None:
+            h_BTD = h_BTD + class_vectors(self.label_embed, cond)[:, None]
         turn = None
         if self.position_embed is not None:
             where = position_T if first_BT is None else document_positions(first_BT)
@@ -313,8 +319,8 @@ class GPT(Model):
         return 3.0 * (2.0 * products + 4.0 * attention)
 
     def parameter_counts(self) -> dict[str, int]:
-        """total; without_embeddings: less symbols, positions and an untied output matrix."""
-        tables = [self.embed, self.position_embed, self.lm_head]
+        """total; without_embeddings: less symbols, positions, classes and an untied output matrix."""
+        tables = [self.embed, self.position_embed, self.label_embed, self.lm_head]
         total = parameters(self)
         return {
             "total": total,

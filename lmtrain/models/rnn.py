@@ -28,9 +28,10 @@ from lmtrain.models import ModelConfig
 from lmtrain.nn.counting import parameters
 from lmtrain.nn.embedding import SymbolMatrix, read_out
 from lmtrain.nn.head import Categorical
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.linear import Linear
 from lmtrain.nn.recurrent import GRU, LSTM, Hidden, locked_dropout
-from lmtrain.nn.rows import Recut, recut, shift
+from lmtrain.nn.rows import Recut, need_symbols, recut, shift
 from lmtrain.nn.stream import CachedStream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
@@ -48,6 +49,7 @@ class Config(ModelConfig):
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="locked dropout, the default of the two below")
     input_dropout: float | None = Field(None, ge=0.0, lt=1.0, description="before the first layer")
     output_dropout: float | None = Field(None, ge=0.0, lt=1.0, description="after every layer")
+    conditional: bool = Field(False, description="add the vector of the row's class to every input")
 
 
 def build(config: Config, *, spec: Spec) -> Model:
@@ -75,11 +77,13 @@ class RNN(Model):
 
     def __init__(self, config: Config, *, spec: Spec) -> None:
         super().__init__()
+        need_symbols(spec, kind="rnn")
         self.config = config
         self.bos = spec.bos
         self.alphabet = spec.alphabet
         D, H = config.embed_width or config.width, config.width
         self.embed = SymbolMatrix(max(spec.alphabet, spec.bos + 1), D, alphabet=spec.alphabet, std=config.embed_std)
+        self.label_embed = class_embedding(config.conditional, spec=spec, width=D, std=config.embed_std)
         cell = LSTM if config.cell == "lstm" else GRU
         self.layers = nn.ModuleList(cell(D if i == 0 else H, H) for i in range(config.layers))
         self.project = Linear(H, D, bias=False, std=H**-0.5) if config.tied and D != H else None
@@ -112,7 +116,10 @@ class RNN(Model):
                 cond = Cond(state.last_B, cond.first_BT, cond.label_B)
             in_BT, first_BT = shift(x_BT, cond=cond, bos=self.bos), cond.first_BT
         cut = None if first_BT is None else recut(first_BT, ends=state is not None)
-        h_BTH, last = self._layers(self.embed(in_BT), cut, None if state is None else state.hidden)
+        h_BTD = self.embed(in_BT)
+        if self.label_embed is not None:
+            h_BTD = h_BTD + class_vectors(self.label_embed, cond)[:, None]
+        h_BTH, last = self._layers(h_BTD, cut, None if state is None else state.hidden)
         if state is not None:
             state.hidden = last
             state.last_B = None if want == "next" else x_BT[:, -1]
@@ -180,9 +187,9 @@ class RNN(Model):
         return 3.0 * 2.0 * products
 
     def parameter_counts(self) -> dict[str, int]:
-        """total; without_embeddings: less the symbols and an untied output matrix."""
+        """total; without_embeddings: less the symbols, the classes and an untied output matrix."""
         total = parameters(self)
-        tables = [self.embed, self.lm_head]
+        tables = [self.embed, self.label_embed, self.lm_head]
         return {
             "total": total,
             "without_embeddings": total - sum(parameters(table) for table in tables if table is not None),

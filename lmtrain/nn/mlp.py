@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lmtrain.nn.linear import Linear
 
-Activation = Literal["gelu", "gelu-tanh", "swiglu", "relu2"]
+Activation = Literal["gelu", "gelu-tanh", "swiglu", "relu", "relu2"]
 
 
 class MLP(nn.Module):
@@ -37,6 +37,8 @@ class MLP(nn.Module):
             a_BTF = F.silu(gate_BTF) * value_BTF
         elif self.activation == "relu2":
             a_BTF = squared_relu(a_BTF)
+        elif self.activation == "relu":
+            a_BTF = F.relu(a_BTF)
         else:
             a_BTF = F.gelu(a_BTF, approximate="tanh" if self.activation == "gelu-tanh" else "none")
         out_BTD: Tensor = self.down(a_BTF)

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmtrain.protocol import Cond
+from lmtrain.errors import ConfigError
+from lmtrain.protocol import Cond, Spec
+
+
+def need_symbols(spec: Spec, *, kind: str) -> None:
+    """ConfigError when rows are real numbers, which a model of discrete symbols cannot read."""
+    if not spec.alphabet:
+        raise ConfigError(
+            f"model.kind = {kind} reads symbols, and this corpus has real numbers; "
+            "take rnade, or prepare a discrete corpus"
+        )
 
 
 def shift(x_BT: Tensor, *, cond: Cond, bos: int) -> Tensor:

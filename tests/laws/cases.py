@@ -68,6 +68,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gated_pixelcnn-grey": {"alphabet": 2, "grid": [2, 3, 1], "model": {
         "kind": "gated_pixelcnn", "layers": 2, "width": 8, "head_width": 12, "first_kernel": 3,
     }},
+    "gpt-conditional": {"alphabet": 3, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "gpt", "layers": 2, "width": 16, "heads": 2, "positions": "learned", "conditional": True
+    }},
+    "rnn-conditional": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "rnn", "layers": 1, "width": 16, "tied": False, "conditional": True
+    }},
+    "image_transformer-plane": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "image_transformer", "layers": 2, "width": 16, "heads": 2, "attention": "local_2d",
+        "query_shape": [2, 1], "memory_reach": [0, 1], "conditional": True,
+    }},
+    "pixelrnn-rows": {"alphabet": 3, "grid": [2, 2, 1], "labels": 2, "model": {
+        "kind": "pixelrnn", "variant": "row_lstm", "layers": 2, "hidden": 8, "head_width": 16, "conditional": True
+    }},
 }  # fmt: skip
 
 

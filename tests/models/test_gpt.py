@@ -320,7 +320,7 @@ def test_kinds():
     assert {"gpt", "rnn"} <= set(models.kinds())
     with pytest.raises(ConfigError, match="did you mean 'gpt'"):
         models.parse({"kind": "gtp"})
-    with pytest.raises(ConfigError, match=r"model\.kind is not given; known: gpt, rnn"):
+    with pytest.raises(ConfigError, match=r"model\.kind is not given; known: .*gpt, .*rnn"):
         models.parse({})
     for kind in (3, "os", "__init__", "../gpt"):
         with pytest.raises(ConfigError):
