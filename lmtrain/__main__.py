@@ -407,7 +407,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--folder", help="where the corpus and the runs go")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(min=0.2, max=60, help="about how long in all")] = 7.0,
 ) -> None:
-    """Train a GPT and an RNN on a small corpus: kill and resume one of them, compare both, sample."""
+    """Train a GPT and an RNN on text: kill and resume one, compare both, sample; then a PixelCNN on images."""
     from lmtrain.report import demo as show
 
     show.run_demo(folder, minutes=minutes)

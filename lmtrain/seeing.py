@@ -34,7 +34,8 @@ def sample_records(
     path = None
     if corpus.grid is not None:
         path = out or folder / SAMPLES / f"step-{opened.saved.step:08d}-seed-{config.seed}.png"
-        pictures.write(path, pictures.sheet(pictures.show(drawn.x_NT, corpus)))
+        in_turn = spec.labels if label_N is not None and label is None and config.n >= spec.labels else None
+        pictures.write(path, pictures.sheet(pictures.show(drawn.x_NT, corpus), columns=in_turn))
     nats_N = drawn.nats_NT.sum(1)
     return [
         {

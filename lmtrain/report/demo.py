@@ -1,4 +1,5 @@
-"""The demonstration: a GPT and an RNN on a small corpus, one of them killed and resumed, both compared and sampled.
+"""The demonstration: a GPT and an RNN on a small corpus, one of them killed and resumed, both compared and sampled; and
+a PixelCNN on images of digits, which trains in the very same way.
 
 Every training is a process of its own, started as a user would start it; what is shown is read from their run folders.
 """
@@ -9,6 +10,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import os
 import shutil
 import signal
@@ -24,7 +26,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lmtrain import corpora, schema, use
+from lmtrain import corpora, schema, seeing, use
+from lmtrain.data import images, pictures
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.errors import EngineError
 from lmtrain.inference.result import Result
@@ -34,8 +37,10 @@ from lmtrain.protocol import Place
 WARMUP = 20
 AFTER_SAVE = 5
 """Steps that the GPT goes on past a checkpoint before it is killed."""
-SHARES = {"gpt": 0.45, "rnn": 0.28}
-"""Parts of the whole time that the two trainings get; the rest is preparing, starting and scoring."""
+SHARES = {"gpt": 0.40, "rnn": 0.21, "pixelcnn": 0.12}
+"""Parts of the whole time that the trainings get; the rest is preparing, starting and scoring."""
+DIGITS = 40
+"""Images that are drawn: four of each class."""
 
 DATA = {"context": 256, "global_batch": 8, "micro_batch": 8}
 COMMON: dict[str, Any] = {
@@ -60,6 +65,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "optimizer": {"kind": "adamw", "lr": 4e-3, "clip": 1.0, "weight_decay": 0.0},
     },
 }
+IMAGES: dict[str, Any] = {
+    "prepare": {"source": {"kind": "digits"}},
+    "train": {"steps": 1, "seed": 1, "log_every": 10, "samples": 0},
+    "model": {
+        "kind": "gated_pixelcnn", "layers": 4, "width": 32, "head_width": 64, "first_kernel": 5, "conditional": True
+    },
+    "optimizer": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0},
+    "eval": {"max_symbols": None},
+}  # fmt: skip
 COMPRESSORS: dict[str, Callable[[bytes], int]] = {
     "gzip -9": lambda raw: len(gzip.compress(raw, 9, mtime=0)),
     "bzip2 -9": lambda raw: len(bz2.compress(raw, 9)),
@@ -92,7 +106,7 @@ def run_demo(folder: Path, *, minutes: float) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     configs = {name: _write_config(folder, name) for name in RUNS}
-    title("1/5 The corpus: every State of the Union address to 2004 trains, 2005-2014 is valid, 2015 on is test")
+    title("1/6 The corpus: every State of the Union address to 2004 trains, 2005-2014 is valid, 2015 on is test")
     out.print(corpora.prepare_corpus(schema.load(configs["gpt"])).describe())
     corpus = open_corpus(folder / "corpus")
     rivals = {split: _compressors(corpus, split) for split in ("valid", "test")}
@@ -101,26 +115,29 @@ def run_demo(folder: Path, *, minutes: float) -> None:
         + ", ".join(f"{name} {bits:.3f}" for name, bits in rivals["valid"].items())
     )
     trained = {}
-    title("2/5 A GPT with ZeRO: timed, trained, killed half-way with -9, resumed")
+    title("2/6 A GPT with ZeRO: timed, trained, killed half-way with -9, resumed")
     trained["gpt"] = _gpt(out, folder, configs["gpt"], seconds=60 * minutes * SHARES["gpt"])
-    title("3/5 An RNN on the same batches")
+    title("3/6 An RNN on the same batches")
     steps = _fix_steps(out, folder, configs["rnn"], "rnn", seconds=60 * minutes * SHARES["rnn"])
     _train(configs["rnn"], _overrides(folder, "rnn", steps), out)
     trained["rnn"] = _result(folder, "rnn")
-    title("4/5 The comparison")
+    title("4/6 The comparison")
     _compare(out, trained, rivals["valid"])
     test = use.evaluate_run(
         folder / "gpt", data=[], split="test", checkpoint="last", overrides=[], place=Place(), environment=os.environ
     )["test"]
     _print_test(out, test, rivals["test"])
-    title("5/5 Samples of the GPT")
+    title("5/6 Samples of the GPT")
     for one in use.sample_run(
         use.open_run(folder / "gpt"), prompt=b"Mr. Speaker, ", settings={"n": 2, "max_symbols": 120}, stream=False
     ):
         out.print(one["text"].strip() + "\n", markup=False)
-    out.print(f"[bold]Next[/bold]  (everything is in {folder})")
+    title("6/6 Images in the very same way: a gated PixelCNN on scikit-learn's 8 x 8 digits, told which digit")
+    _pixelcnn(out, folder, seconds=60 * minutes * SHARES["pixelcnn"])
+    out.print(f"\n[bold]Next[/bold]  (everything is in {folder})")
     for command in (
         f"lmtrain sample {folder}/gpt --prompt 'The state of the Union is' -n 3",
+        f"lmtrain sample {folder}/pixelcnn -n 100 --label 3",
         f"lmtrain eval {folder}/gpt --split valid --set eval.mode=sliding --set eval.stride=64",
         f"deepspeed --num_gpus 2 --module lmtrain train {configs['gpt']} run.name=gpt2 engine.zero_stage=2 "
         "data.micro_batch=4",
@@ -139,6 +156,42 @@ def _write_config(folder: Path, name: str) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     return path
+
+
+def _pixelcnn(out: Console, folder: Path, *, seconds: float) -> None:
+    tree = {
+        "run": {"dir": str(folder), "name": "pixelcnn"},
+        **COMMON,
+        **IMAGES,
+        "data": {"corpus": str(folder / "digits"), "global_batch": 32, "micro_batch": 32},
+    }
+    path = folder / "pixelcnn.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    out.print(corpora.prepare_corpus(schema.load(path)).describe())
+    _train(path, _overrides(folder, "pixelcnn", _fix_steps(out, folder, path, "pixelcnn", seconds=seconds)), out)
+    opened = use.open_run(folder / "pixelcnn")
+    test = use.evaluate_run(
+        folder / "pixelcnn",
+        data=[],
+        split="test",
+        checkpoint="last",
+        overrides=[],
+        place=Place(),
+        environment=os.environ,
+    )["test"]
+    low, high = test.bounds("bits_per_dim") or (float("nan"), float("nan"))
+    part = opened.corpus.split("test")
+    shown = pictures.show(part.read(0, part.symbols).reshape(part.documents, -1), opened.corpus)
+    strip = images.encode(shown.reshape(-1, *shown.shape[2:]))
+    alone = sum(len(images.encode(one)) for one in shown)
+    out.print(
+        f"\ntest, {part.documents} images scored once: [bold]{test.score.bits_per_dim:.3f} bits per dimension[/bold] "
+        f"({low:.3f} - {high:.3f}); all of them in one PNG {8 * len(strip) / shown.size:.3f}, each in a PNG of its own "
+        f"{8 * alone / shown.size:.3f}, as they are {math.log2(opened.corpus.alphabet):.3f}"
+    )
+    out.print("  the model is told which digit it is (3.3 bits an image, 0.05 a dimension), the PNGs have to write it")
+    drawn = seeing.sample_records(opened, folder / "pixelcnn", settings={"n": DIGITS, "seed": 1})
+    out.print(f"{DIGITS} samples, a class a column: {drawn[0]['picture']}", soft_wrap=True)
 
 
 def _compressors(corpus: PreparedCorpus, split: str) -> dict[str, float]:
