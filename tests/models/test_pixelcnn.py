@@ -402,7 +402,7 @@ def test_labels_condition_the_whole_image(kind):
         one = model(x_BT, cond=Cond(cond.start_B, label_B=torch.zeros(4, dtype=torch.int64)))
         other = model(x_BT, cond=Cond(cond.start_B, label_B=torch.ones(4, dtype=torch.int64)))
         assert ((one - other).abs() > 1e-4).all()
-        with pytest.raises(InputError, match="none were given"):
+        with pytest.raises(InputError, match="without labels"):
             model(x_BT, cond=Cond(cond.start_B))
         blind = make(kind, grid, labels=3)
         assert torch.equal(blind(x_BT, cond=cond), blind(x_BT, cond=Cond(cond.start_B)))
