@@ -80,3 +80,16 @@ def test_one_host_with_two_ranks_trains_as_one_process(cluster, folder_of, kind,
     job.on(1, "deepspeed", "--num_gpus", 2, "--module", "lmtrain", "train", *arguments(folder, name, stage))
     assert job.wait() == [0], job.text()[-6000:]
     assert_same(folder, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("kind", "stage"), [("gpt", 3), ("rnn", 1)])
+def test_four_hosts_train_as_one_process(hosts, folder_of, kind, stage):
+    """A row a rank: the global batch has four."""
+    four, folder, name = hosts(4), folder_of(kind), f"four{stage}"
+    job = STARTERS["pdsh"](four, folder, name, *arguments(folder, name, stage), "data.micro_batch=1")
+    assert not any(job.wait(500)), job.text()[-6000:]
+    assert rows(folder / "runs" / name, "start")[0]["facts"]["world"] == 4
+    assert_same(folder, name)
+    for node in four.nodes:
+        assert four.processes(node.number) == []
