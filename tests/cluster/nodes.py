@@ -234,7 +234,8 @@ class Cluster:
 
     def memory(self, number: int) -> list[str]:
         """What lies in a host's /dev/shm."""
-        return sorted(path.name for path in Path(f"/proc/{self.nodes[number].init}/root/dev/shm").iterdir())
+        its_root = Path("/proc", str(self.nodes[number].init), "root")
+        return sorted(path.name for path in (its_root / "dev" / "shm").iterdir())
 
     def link(self, number: int, *, up: bool) -> None:
         """Plug a host's cable in, or pull it."""
