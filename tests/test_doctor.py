@@ -96,6 +96,14 @@ def test_variables_that_a_launcher_left_behind() -> None:
     assert (level, "rank 0 of 2" in found) == ("warn", True)
 
 
+def test_libaio_is_told_of(tmp_path: Path) -> None:
+    (found,) = doctor.libaio([tmp_path])
+    assert (found.level, "libaio-dev" in found.found) == ("ok", True)
+    (tmp_path / "libaio.h").touch()
+    (found,) = doctor.libaio([tmp_path / "none", tmp_path])
+    assert found.found == str(tmp_path / "libaio.h")
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor.sys, "executable", str(tmp_path / "python"))
     found = bad(doctor.compiler({"PATH": str(tmp_path)}))

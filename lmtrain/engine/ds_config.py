@@ -32,12 +32,26 @@ def deepspeed_json(
     ours = _generated(config, optimizer, micro_batch=micro_batch, accumulation=accumulation, world=world)
     given, place = _given(config.deepspeed)
     if not given:
-        return ours
+        return _with_path(ours, config)
     _Check(place).all(given, config, optimizer, micro_batch=micro_batch, accumulation=accumulation, world=world)
     added = {key: value for key, value in given.items() if key in ds_keys.PASSED | ds_keys.CHECKED}
     for name in ("optimizer", "scheduler", "bfloat16"):  # the first two are ours alone, the third is bf16's old name
         added.pop(name, None)
-    return _merge(ours, _without_auto(added))
+    return _with_path(_merge(ours, _without_auto(added)), config)
+
+
+def _with_path(out: dict[str, Any], config: EngineConfig) -> dict[str, Any]:
+    """Say where NVMe is, and how many buffers its optimizer states need: DeepSpeed would run out of them in a step."""
+    state = out["zero_optimization"].get("offload_optimizer", {})
+    if state.get("device") == "nvme":  # a group's weights, gradient and two moments; one read ahead, one written behind
+        state["nvme_path"] = config.nvme_path
+        needed = 4 * (1 + bool(state.get("pipeline_read")) + bool(state.get("pipeline_write")))
+        if state.setdefault("buffer_count", needed) < needed:
+            raise ConfigError(
+                f"engine.deepspeed: zero_optimization.offload_optimizer.buffer_count = {state['buffer_count']}, "
+                f"but {needed} are needed; raise it, or leave it out"
+            )
+    return out
 
 
 def untested(config: EngineConfig) -> list[str]:
@@ -66,8 +80,8 @@ def _generated(
         zero["contiguous_gradients"] = False  # host memory does not fragment; saves two copies of every gradient
     if config.zero_stage == 3:
         zero["memory_efficient_linear"] = False  # it rounds differently from torch's
-    if config.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": not on_cpu(config)}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": config.offload, "pin_memory": not on_cpu(config)}
     out: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * world,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -232,9 +246,14 @@ class _Check:
         self._section(given, path, ds_keys.OFFLOAD_OPTIMIZER, ds_keys.OFFLOAD_REFUSED)
         self._section(given, "zero_optimization.offload_param", ds_keys.OFFLOAD, ds_keys.OFFLOAD_REFUSED)
         self._same(given, f"{path}.device", "engine.offload", config.offload, "offload" in config.model_fields_set)
+        for name in (path, "zero_optimization.offload_param"):
+            explicit = "nvme_path" in config.model_fields_set
+            self._same(given, f"{name}.nvme_path", "engine.nvme_path", config.nvme_path, explicit)
         param = "zero_optimization.offload_param.device"
-        self._fixed(given, param, ("none", "cpu"), "lmtrain offloads to host memory")
-        if _at(given, param) == "cpu" and config.zero_stage != 3:
+        device = _at(given, param)
+        why = "weights on NVMe do not survive a step in DeepSpeed 0.19.8 (docs/zero.md); cpu keeps them in host memory"
+        self._fixed(given, param, ("none", "cpu"), why)
+        if device == "cpu" and config.zero_stage != 3:
             self._fail(f"{param} = cpu needs engine.zero_stage = 3, it is {config.zero_stage}")
 
     def _optimizer(self, given: Mapping[str, Any], optimizer: OptimizerConfig) -> None:

@@ -173,12 +173,13 @@ MASTERS = {
     "bf16_optimizer_states": "master weights and moments are fp32 in lmtrain; remove it",
     "fp16_master_weights_and_grads": "master weights and moments are fp32 in lmtrain; remove it",
 }
-OFFLOAD = frozenset({"buffer_count", "buffer_size", "device", "max_in_cpu", "pin_memory"})
+OFFLOAD = frozenset({"buffer_count", "buffer_size", "device", "max_in_cpu", "nvme_path", "pin_memory"})
 """Keys of offload_param; those of offload_optimizer are OFFLOAD_OPTIMIZER."""
-OFFLOAD_OPTIMIZER = frozenset({"buffer_count", "device", "fast_init", "pin_memory", "pipeline_read", "pipeline_write"})
+OFFLOAD_OPTIMIZER = frozenset(
+    {"buffer_count", "device", "fast_init", "nvme_path", "pin_memory", "pipeline_read", "pipeline_write"}
+)
 OFFLOAD_REFUSED = {
     "cpuadam_cores_perc": "it belongs to super_offload; remove it",
-    "nvme_path": "lmtrain offloads to host memory; remove it and use device cpu",
     "ratio": "lmtrain offloads all or nothing; remove it",
     "super_offload": "lmtrain offloads with ZeRO-Offload; remove it",
 }

@@ -6,8 +6,10 @@ Moments lie in the optimizer's state of that tensor at the same place. Pieces of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,25 @@ def replicated(
     ]
 
 
+Lend = Callable[..., AbstractContextManager[bool]]
+"""`lend(home, changed=...)`: a context in which a home and its moments are in memory, and whether they leave it after.
+
+changed: what is done there has to last.
+"""
+
+
+def stays(home: Tensor, *, changed: bool) -> AbstractContextManager[bool]:
+    """The `Lend` of tensors that are in memory always."""
+    return nullcontext(False)
+
+
+def by_home(pieces: Iterable[Piece]) -> Iterator[tuple[Tensor, list[Piece]]]:
+    """The pieces of each home; those of one home come one after the other."""
+    for _, group in itertools.groupby(pieces, key=lambda piece: id(piece.home)):
+        found = list(group)
+        yield found[0].home, found
+
+
 def fill_state(optimizer: torch.optim.Optimizer, pieces: Sequence[Piece]) -> None:
     """Create the zero moments that the optimizer would create in its first step, where it has none yet."""
     for piece in pieces:
@@ -85,13 +106,27 @@ def fragments(
     *,
     rank: int,
     averaged: Averaged | None = None,
+    lend: Lend = stays,
 ) -> Iterator[Fragment]:
     """All fragments of this rank on the CPU: fp32 weights, moments, averages and, on rank 0, persistent buffers.
 
     Where they lie on the CPU already they are views, no copies: they hold until the next step.
     """
-    fill_state(optimizer, pieces)
-    for piece in pieces:
+    for home, group in by_home(pieces):
+        first_save = any(moment not in optimizer.state[home] for piece in group for moment in piece.moments)
+        with lend(home, changed=first_save) as leaves:
+            fill_state(optimizer, group)
+            for fragment in _of_home(group, optimizer, rank=rank, averaged=averaged):
+                yield replace(fragment, tensor=fragment.tensor.clone()) if leaves else fragment
+    if rank == 0:
+        for name, buffer in buffers(model).items():
+            yield Fragment(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1).cpu())
+
+
+def _of_home(
+    group: Sequence[Piece], optimizer: torch.optim.Optimizer, *, rank: int, averaged: Averaged | None
+) -> Iterator[Fragment]:
+    for piece in group:
         first, count = share(piece.numel, rank, piece.copies) if piece.copies > 1 else (0, piece.numel)
         if count == 0:
             continue
@@ -103,9 +138,6 @@ def fragments(
         for kind, tensor in tensors.items():
             data = piece.of(tensor).narrow(0, first, count).to("cpu", torch.float32)
             yield Fragment(piece.name, kind, piece.shape, piece.start + first, data)
-    if rank == 0:
-        for name, buffer in buffers(model).items():
-            yield Fragment(name, "buffer", tuple(buffer.shape), 0, buffer.detach().reshape(-1).cpu())
 
 
 def restore(
@@ -116,6 +148,7 @@ def restore(
     *,
     steps: int,
     averaged: Averaged | None = None,
+    lend: Lend = stays,
 ) -> None:
     """Read weights, moments, averages (into `averaged`, if given) and buffers; `steps` is the optimizer's count.
 
@@ -135,18 +168,20 @@ def restore(
                 f"{kind} of {name} has shape {list(reader.shape(name, kind))} in the checkpoint, "
                 f"{list(shape)} in the model"
             )
-    fill_state(optimizer, pieces)
     with torch.no_grad():
-        for piece in pieces:
-            state = optimizer.state[piece.home] if piece.moments else {}
-            _read(reader, piece, "weight", piece.home)
-            for moment in piece.moments:
-                _read(reader, piece, moment, state[moment])
-            average = averaged(piece.home) if averaged is not None else None
-            if average is not None:
-                _read(reader, piece, AVERAGE, average)
-            if "step" in state:
-                state["step"].fill_(steps)
+        for home, group in by_home(pieces):
+            with lend(home, changed=True):
+                fill_state(optimizer, group)
+                for piece in group:
+                    state = optimizer.state[home] if piece.moments else {}
+                    _read(reader, piece, "weight", home)
+                    for moment in piece.moments:
+                        _read(reader, piece, moment, state[moment])
+                    average = averaged(home) if averaged is not None else None
+                    if average is not None:
+                        _read(reader, piece, AVERAGE, average)
+                    if "step" in state:
+                        state["step"].fill_(steps)
         for name, buffer in buffers(model).items():
             buffer.copy_(reader.read(name, "buffer", 0, buffer.numel()).view(buffer.shape))
 

@@ -24,7 +24,10 @@ class EngineConfig(Config):
         "fp32", description="dtype of weights and activations; master weights and moments are fp32 always"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    offload: Literal["none", "cpu"] = Field("none", description="cpu: optimizer state in host memory (stages 1 to 3)")
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="optimizer state: cpu in host memory (stages 1 to 3), nvme on a disk (stage 3)"
+    )
+    nvme_path: str | None = Field(None, min_length=1, description="folder on a disk of each host, for offload to NVMe")
     activation_checkpointing: bool | Literal["attention", "mlp"] = Field(
         False, description="recompute activations in the backward pass: true = whole blocks, or that part of each alone"
     )
@@ -40,7 +43,7 @@ class EngineConfig(Config):
             if self.precision == "fp16":
                 raise ValueError("engine.kind = plain does not scale losses; use precision bf16, or kind zero")
             if self.offload != "none":
-                raise ValueError("engine.offload = cpu needs engine.kind = zero")
+                raise ValueError(f"engine.offload = {self.offload} needs engine.kind = zero")
             if self.deepspeed is not None:
                 raise ValueError("engine.deepspeed is given, but engine.kind = plain does not use DeepSpeed")
         elif self.zero_stage == 0:
@@ -50,7 +53,14 @@ class EngineConfig(Config):
                     "use engine.zero_stage = 1"
                 )
             if self.offload != "none":
-                raise ValueError("engine.offload = cpu needs engine.zero_stage 1, 2 or 3; stage 0 divides nothing")
+                raise ValueError(
+                    f"engine.offload = {self.offload} needs engine.zero_stage 1, 2 or 3; stage 0 divides nothing"
+                )
+        if self.offload == "nvme":
+            if self.zero_stage != 3:
+                raise ValueError(f"engine.offload = nvme needs engine.zero_stage = 3, it is {self.zero_stage}")
+            if self.nvme_path is None:
+                raise ValueError("engine.offload = nvme needs engine.nvme_path, a folder on a disk of each host")
         return self
 
 

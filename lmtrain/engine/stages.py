@@ -9,7 +9,8 @@ wrappers are made to use them instead of computing their own. A bad verdict take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lmtrain.engine.muon import Layout, Muon
-from lmtrain.engine.pieces import Piece, replicated
+from lmtrain.engine.pieces import Piece, replicated, stays
 
 Named = Sequence[tuple[str, Any]]
 Moments = Mapping[str, tuple[str, ...]]
@@ -43,6 +44,10 @@ class Stage(Protocol):
         """Copy the fp32 weights of all ranks into the model, after they were written."""
         ...
 
+    def lend(self, home: Tensor, *, changed: bool) -> AbstractContextManager[bool]:
+        """See pieces.Lend."""
+        ...
+
 
 def whole(numel: int, world: int, size: int, at: int) -> tuple[tuple[int, int], ...]:
     """spans[r] of a parameter of `numel` elements at `at` of a flat tensor that is cut into runs of `size` elements."""
@@ -59,7 +64,14 @@ def even(numel: int, world: int) -> tuple[tuple[int, int], ...]:
     return tuple((min(r * size, numel), max(0, min(size, numel - r * size))) for r in range(world))
 
 
-class Flat:
+class InMemory:
+    """What a stage is of which nothing is ever swapped out."""
+
+    def lend(self, home: Tensor, *, changed: bool) -> AbstractContextManager[bool]:
+        return stays(home, changed=changed)
+
+
+class Flat(InMemory):
     """Pieces and Muon layouts of parameters whose elements are divided among ranks in flat fp32 tensors."""
 
     def __init__(self, *, rank: int, moments: Moments, group: dist.ProcessGroup | None) -> None:
@@ -89,7 +101,7 @@ class Flat:
             )
 
 
-class Stage0:
+class Stage0(InMemory):
     """Every rank has everything; DeepSpeed averages the gradients and steps the torch optimizer itself."""
 
     def __init__(self, engine: Any, named: Named, *, world: int, moments: Moments, clip: float) -> None:
@@ -194,7 +206,10 @@ class Stage1Bf16(Flat):
 
 
 class Stage3(Flat):
-    """Every parameter is cut into equal runs; a rank's runs of a group lie one after the other."""
+    """Every parameter is cut into equal runs; a rank's runs of a group lie one after the other.
+
+    With offload to NVMe a group that is large enough is in memory only while DeepSpeed steps it, and while it is lent.
+    """
 
     def __init__(self, engine: Any, named: Named, *, rank: int, world: int, moments: Moments, group: Any) -> None:
         super().__init__(rank=rank, moments=moments, group=group)
@@ -203,7 +218,9 @@ class Stage3(Flat):
         self.zero._get_norm_groups = lambda: [self.verdict]
         self.zero.check_overflow = lambda partition_gradients=True: None
         names = {id(p): name for name, p in named}
+        self.numbers: dict[int, int] = {}
         for i, home in enumerate(self.zero.fp32_partitioned_groups_flat):
+            self.numbers[id(home)] = i
             rows, offset = [], 0
             for p in self.zero.fp16_groups[i]:
                 rows.append((names[id(p)], tuple(p.ds_shape), even(p.ds_numel, world), offset))
@@ -216,9 +233,17 @@ class Stage3(Flat):
                     self.pieces.append(Piece(name, tuple(p.ds_shape), start, numel, p.ds_tensor, 0))
 
     def gradients(self) -> list[Tensor]:
-        if self.zero.offload_optimizer:
-            return [home.grad for home in self.zero.fp32_partitioned_groups_flat]
-        return [g for group in self.zero.averaged_gradients.values() for g in group]
+        if not self.zero.offload_optimizer:
+            return [g for group in self.zero.averaged_gradients.values() for g in group]
+        found = []
+        for i, home in enumerate(self.zero.fp32_partitioned_groups_flat):
+            if not self.zero._swappable_optimizer_subgroup(i):
+                found.append(home.grad)
+                continue
+            # They may be on their way to the disk: of each, DeepSpeed keeps the norm, and that of norms is the same.
+            norms, ids = self.zero.norm_for_param_grads, map(self.zero.get_param_id, self.zero.fp16_groups[i])
+            found += [norms[key].reshape(1) for key in ids if key in norms]
+        return found
 
     def step(self, norm: float) -> None:
         self.verdict = torch.tensor(norm if norm < float("inf") else -1.0)
@@ -227,10 +252,27 @@ class Stage3(Flat):
     @torch.no_grad()
     def publish(self) -> None:
         self.zero._partition_all_parameters()  # what stays gathered between steps would not be gathered again
-        for i in range(len(self.zero.fp32_partitioned_groups_flat)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(i)
+        for i, home in enumerate(self.zero.fp32_partitioned_groups_flat):
+            with self.lend(home, changed=False):
+                self.zero._reassign_or_swap_out_partitioned_parameters(i)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    @contextmanager
+    def lend(self, home: Tensor, *, changed: bool) -> Iterator[bool]:
+        i = self.numbers.get(id(home))
+        if i is None or not self.zero._swappable_optimizer_subgroup(i):
+            yield False
+            return
+        self.zero._optimizer_states_and_gradient_swap_in(i)
+        try:
+            yield True
+        finally:
+            if changed:  # new moments get their files here
+                self.zero.optimizer_swapper.swap_out_optimizer_state(parameter=home, async_swap=False)
+                home.grad = None
+            else:
+                self.zero._release_swap_buffers(i)
 
 
 def flat_rows(

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lmtrain.engine import averaging, communication, microbatch, optimizer, pieces, rendezvous, stages
+from lmtrain.engine import averaging, communication, microbatch, nvme, optimizer, pieces, rendezvous, stages
 from lmtrain.engine.ds_config import deepspeed_json
 from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.engine.plain import device_of
@@ -55,13 +55,23 @@ class ZeroEngine:
         self.deepspeed_json = deepspeed_json(
             config, optimizer_config, micro_batch=micro_batch, accumulation=accumulation, world=place.world
         )
-        deepspeed = _prepare(place, self.device, timeout=config.timeout)
+        on_nvme = nvme.is_used(self.deepspeed_json)
+        if on_nvme and optimizer_config.ema is not None:
+            raise ConfigError(
+                "optimizer.ema averages the master weights after every step, and engine.offload = nvme keeps them on a "
+                "disk; set optimizer.ema to null, or offload to cpu"
+            )
+        deepspeed = _prepare(place, self.device, timeout=config.timeout, on_nvme=on_nvme)
         if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise EngineError(
                 f"engine.precision = fp16 is not supported on {self.device.type}; use fp32, or bf16 on a GPU"
             )
         if config.activation_checkpointing:
             microbatch.checkpoint_activations(model, config.activation_checkpointing)
+        self.swap: nvme.SwapFolder | None = None
+        if on_nvme:
+            self.swap = nvme.SwapFolder(str(config.nvme_path))
+            self.deepspeed_json = nvme.placed(self.deepspeed_json, self.swap.folder)
         self.control = rendezvous.join(place, self.device, timeout=config.timeout)
         named = list(model.named_parameters())
         grouped = optimizer.groups(optimizer_config, named)
@@ -169,17 +179,23 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns; see protocol.Engine."""
+        stage = self.stage
         averaged = self.average.of if self.average is not None else None
-        return pieces.fragments(self.stage.pieces, self.optimizer, self.model, rank=self.rank, averaged=averaged)
+        return pieces.fragments(
+            stage.pieces, self.optimizer, self.model, rank=self.rank, averaged=averaged, lend=stage.lend
+        )
 
     def restore(self, reader: FragmentReader, *, scalars: Mapping[str, Any]) -> None:
         """Read what this rank needs, whatever the ranks and the stage were that saved it."""
         steps = int(scalars["optimizer_steps"])
+        stage = self.stage
         averaged = self.average.reads(scalars) if self.average is not None else None
-        pieces.restore(self.stage.pieces, self.optimizer, self.model, reader, steps=steps, averaged=averaged)
+        pieces.restore(
+            stage.pieces, self.optimizer, self.model, reader, steps=steps, averaged=averaged, lend=stage.lend
+        )
         if self.average is not None:
             self.average.restored(scalars)
-        self.stage.publish()
+        stage.publish()
         self.optimizer_steps, self.skipped_steps = steps, int(scalars["skipped_steps"])
         saved = scalars.get("loss_scale")
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
@@ -207,9 +223,11 @@ class ZeroEngine:
             self.engine.destroy()
             _leave()
             self.control = None
+            if self.swap is not None:
+                self.swap.close()
 
 
-def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
+def _prepare(place: Place, device: torch.device, *, timeout: float, on_nvme: bool) -> Any:
     """Import deepspeed so that it asks for nothing, builds nothing, prints nothing on stdout and keeps the time-out."""
     os.environ["DS_ACCELERATOR"] = device.type
     for name, value in (
@@ -221,7 +239,8 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
     ):
         os.environ[name] = str(value)
     # Nothing is built by default; what a key of engine.deepspeed builds must not wait for the lock of a killed build.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(tempfile.gettempdir()) / f"lmtrain-{os.getpid()}"))
+    private = nvme.extensions() if on_nvme else Path(tempfile.gettempdir()) / f"lmtrain-{os.getpid()}"
+    extensions = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(private)))
     import deepspeed
     from deepspeed.comm.torch import TorchBackend
     from deepspeed.utils import logger
@@ -238,7 +257,25 @@ def _prepare(place: Place, device: torch.device, *, timeout: float) -> Any:
             handler.setStream(sys.stderr)
     logger.addFilter(_quiet)
     warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # DeepSpeed's calls, not ours
+    if on_nvme:
+        _build_async_io(extensions)
     return deepspeed
+
+
+def _build_async_io(folder: Path) -> None:
+    """Build, or load, the extension that reads and writes NVMe; before the ranks meet, so that none waits in vain."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    with redirect_stdout(io.StringIO()):
+        if not builder.is_compatible(verbose=False):
+            raise EngineError("offload to NVMe needs libaio with its headers; apt-get install libaio-dev")
+        try:
+            with nvme.only_builder(folder) if folder == nvme.extensions() else nullcontext():
+                builder.load(verbose=False)
+        except (RuntimeError, OSError) as error:
+            line = " ".join(str(error).split())[:300]
+            raise EngineError(f"DeepSpeed's async_io for NVMe cannot be built in {folder}: {line}") from error
 
 
 def _leave() -> None:

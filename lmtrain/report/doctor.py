@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ GIB = 1 << 30
 FREE_FAIL, FREE_WARN = 1 * GIB, 10 * GIB
 SHM_WARN = 1 * GIB
 FILES_WARN = 1024
+INCLUDE = (Path("/usr/include"), Path("/usr/local/include"))
 LAUNCHER_HOSTFILE = Path("/job/hostfile")
 """Where the launcher looks when it is given no --hostfile."""
 
@@ -58,6 +59,7 @@ def examine(
         *devices(),
         *launch_variables(environment),
         *compiler(environment),
+        *libaio(),
         *jit_locks(environment),
         *hosts(hostfile, environment),
         *launcher_environment(environment, folder),
@@ -158,6 +160,13 @@ def compiler(environment: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding("ok", "compiler", found)
         else:
             yield Finding("warn", "compiler", f"no {name}: {uses}", package)
+
+
+def libaio(folders: Sequence[Path] = INCLUDE) -> Iterator[Finding]:
+    """The header that DeepSpeed's offload to NVMe is built with; nothing else needs it."""
+    found = next((folder / "libaio.h" for folder in folders if (folder / "libaio.h").is_file()), None)
+    none = "none: engine.offload = nvme could not be built; for it, apt-get install libaio-dev"
+    yield Finding("ok", "libaio", none if found is None else str(found))
 
 
 def jit_locks(environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -43,10 +43,12 @@ class Job:
         # What does not pass through ssh by itself; read by the launcher in the folder that it is started in.
         (folder / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in _needed().items()))
 
-    def on(self, number: int, *command: object) -> None:
-        """Start a command of this job on a host."""
+    def on(self, number: int, *command: object, **more: str) -> None:
+        """Start a command of this job on a host; `more` are variables of its environment."""
         log = self.folder / f"{self._log}.{len(self.starters)}.log"
-        self.starters.append(self.cluster.start(number, command, cwd=self.folder, log=log, environment=environment()))
+        self.starters.append(
+            self.cluster.start(number, command, cwd=self.folder, log=log, environment=environment() | more)
+        )
 
     def text(self) -> str:
         """All that was printed so far."""

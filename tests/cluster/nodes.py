@@ -15,7 +15,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -132,7 +133,8 @@ class Cluster:
         script = (
             "set -e; mount --make-rprivate /; hostname $1; "
             "mount --bind $2/$1 /etc/ssh; mount --bind $2/hosts /etc/hosts; "
-            "mount -t tmpfs tmpfs /run; mkdir /run/sshd; ip link set lo up; exec $3 -D -e -f /etc/ssh/sshd_config"
+            "mount -t tmpfs tmpfs /run; mkdir /run/sshd; mount -t tmpfs tmpfs /dev/shm; "
+            "ip link set lo up; exec $3 -D -e -f /etc/ssh/sshd_config"
         )
         spaces = ["--mount", "--net", "--pid", "--uts", "--fork", "--kill-child", "--mount-proc"]
         with (home / "sshd.log").open("wb") as log:
@@ -219,6 +221,21 @@ class Cluster:
         """The process of a rank, on whatever host it runs."""
         (found,) = [p for node in self.nodes for p in self.processes(node.number) if p.rank == rank]
         return found
+
+    @contextmanager
+    def masked(self, number: int, path: Path, other: Path) -> Iterator[None]:
+        """On this host alone, the file or folder `path` is `other`."""
+        inside = ["nsenter", "-t", self.nodes[number].init, "-m", "-p"]
+        _run(*inside, "mount", "--bind", other, path)
+        try:
+            yield
+        finally:
+            _run(*inside, "umount", "--lazy", path)
+
+    def memory(self, number: int) -> list[str]:
+        """What lies in a host's /dev/shm."""
+        its_root = Path("/proc", str(self.nodes[number].init), "root")
+        return sorted(path.name for path in (its_root / "dev" / "shm").iterdir())
 
     def link(self, number: int, *, up: bool) -> None:
         """Plug a host's cable in, or pull it."""

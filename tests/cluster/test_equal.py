@@ -31,10 +31,10 @@ def folder_of(trained, tmp_path_factory):
     return find
 
 
-def assert_same(folder, name):
+def assert_same(folder, name, base="plain"):
     """Every loss and every held-out loss is the plain engine's within 1e-5."""
     for kind, key in (("train", "train/loss"), ("eval", "eval/valid/loss")):
-        plain, other = rows(folder / "runs" / "plain", kind), rows(folder / "runs" / name, kind)
+        plain, other = rows(folder / "runs" / base, kind), rows(folder / "runs" / name, kind)
         assert list(plain) == list(other), kind
         assert len(plain) == {"train": STEPS, "eval": 2}[kind]
         for step, row in plain.items():
@@ -80,3 +80,18 @@ def test_one_host_with_two_ranks_trains_as_one_process(cluster, folder_of, kind,
     job.on(1, "deepspeed", "--num_gpus", 2, "--module", "lmtrain", "train", *arguments(folder, name, stage))
     assert job.wait() == [0], job.text()[-6000:]
     assert_same(folder, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("kind", "stage"), [("gpt", 3), ("rnn", 1)])
+def test_four_hosts_train_as_one_process(hosts, folder_of, kind, stage):
+    """A row a rank: the global batch has four. Noise is drawn by micro-batch, so plain has to have the same ones."""
+    ran = lmtrain("train", folder_of(kind) / "tiny.yaml", "data.micro_batch=1", f"run.name=rows{stage}")
+    assert ran.code == 0, ran.err
+    four, folder, name = hosts(4), folder_of(kind), f"four{stage}"
+    job = STARTERS["pdsh"](four, folder, name, *arguments(folder, name, stage), "data.micro_batch=1")
+    assert not any(job.wait(500)), job.text()[-6000:]
+    assert rows(folder / "runs" / name, "start")[0]["facts"]["world"] == 4
+    assert_same(folder, name, f"rows{stage}")
+    for node in four.nodes:
+        assert four.processes(node.number) == []

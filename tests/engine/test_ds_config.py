@@ -50,6 +50,18 @@ def test_offload() -> None:
     assert make(zero_stage=2, offload="cpu")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
+def test_nvme() -> None:
+    there = {"zero_stage": 3, "offload": "nvme", "nvme_path": "/disk"}
+    state = make(**there)["zero_optimization"]["offload_optimizer"]
+    assert {key: state[key] for key in ("device", "nvme_path", "buffer_count")} == {
+        "device": "nvme", "nvme_path": "/disk", "buffer_count": 4,
+    }  # fmt: skip
+    ahead = make({"zero_optimization": {"offload_optimizer": {"pipeline_read": True}}}, **there)
+    assert ahead["zero_optimization"]["offload_optimizer"]["buffer_count"] == 8
+    with pytest.raises(ConfigError, match="buffer_count = 7, but 8 are needed"):
+        make({"zero_optimization": {"offload_optimizer": {"pipeline_write": True, "buffer_count": 7}}}, **there)
+
+
 AGREEING: dict[str, Any] = {
     "train_batch_size": 16,
     "train_micro_batch_size_per_gpu": "auto",
@@ -185,7 +197,13 @@ BAD: list[tuple[str, Any, dict[str, Any], list[str]]] = [
         "nvme",
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
         {"zero_stage": 3},
-        ["host memory"],
+        ["offload_param.device = nvme", "do not survive a step", "cpu keeps them in host memory"],
+    ),
+    (
+        "nvme path",
+        {"zero_optimization": {"offload_optimizer": {"nvme_path": "/elsewhere"}}},
+        {"zero_stage": 3, "offload": "nvme", "nvme_path": "/here"},
+        ["offload_optimizer.nvme_path = /elsewhere", "engine.nvme_path = /here"],
     ),
     ("offload_param", {"zero_optimization": {"offload_param": {"device": "cpu"}}}, {}, ["needs engine.zero_stage = 3"]),
     (
@@ -242,6 +260,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ({"zero_stage": 0, "precision": "bf16"}, "use engine.zero_stage = 1"),
         ({"zero_stage": 0, "offload": "cpu"}, "needs engine.zero_stage 1, 2 or 3"),
+        ({"zero_stage": 2, "offload": "nvme", "nvme_path": "/x"}, "nvme needs engine.zero_stage = 3, it is 2"),
+        ({"zero_stage": 3, "offload": "nvme"}, "nvme needs engine.nvme_path"),
         ({"kind": "plain", "precision": "fp16"}, "kind zero"),
         ({"kind": "plain", "offload": "cpu"}, "needs engine.kind = zero"),
         ({"kind": "plain", "deepspeed": {"bf16": {}}}, "does not use DeepSpeed"),

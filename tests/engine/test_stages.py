@@ -59,7 +59,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if label not in done:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
-            kept = {k: v for k, v in case.items() if k not in {"zero_stage", "offload", "deepspeed"}} | {
+            kept = {k: v for k, v in case.items() if k not in {"zero_stage", "offload", "nvme_path", "deepspeed"}} | {
                 "kind": "plain"
             }
             done[label] = run_case(Place(), folder, kept, reference=None)
@@ -69,14 +69,23 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
-def compare(plain: Any, stage: int, world: int, todo: list[dict[str, Any]], *, relative: float, folder: Path) -> None:
+def compare(
+    plain: Any,
+    stage: int,
+    world: int,
+    todo: list[dict[str, Any]],
+    *,
+    relative: float,
+    folder: Path,
+    job: str = "tests.engine.jobs:run_cases",
+) -> None:
     """Spawn the ranks, run all cases in them, and hold what they return against plain."""
     for case in todo:
         _, references = plain(case)
     ranks = spawn(
-        "tests.engine.jobs:run_cases",
+        job,
         world=world,
-        timeout=540,
+        timeout=1500 if "nvme" in job else 540,
         folder=folder,
         cases=[case | {"zero_stage": stage} for case in todo],
         references=str(references),
