@@ -67,7 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 IMAGES: dict[str, Any] = {
     "prepare": {"source": {"kind": "digits"}},
-    "train": {"steps": 1, "seed": 1, "log_every": 10, "samples": 0},
+    "train": {"steps": 1, "seed": 1, "log_every": 50, "samples": 0},
     "model": {
         "kind": "gated_pixelcnn", "layers": 4, "width": 32, "head_width": 64, "first_kernel": 5, "conditional": True
     },
@@ -225,7 +225,7 @@ def _fix_steps(out: Console, folder: Path, config: Path, name: str, *, seconds: 
     trial = f"{name}-warmup"
     if not (folder / name / METRICS).exists():
         _clear(folder / trial)
-        _train(config, [f"run.name={trial}", f"train.steps={WARMUP + 5}", "eval.sets={}"], out)
+        _train(config, [f"run.name={trial}", f"train.steps={WARMUP + 5}", "train.log_every=1", "eval.sets={}"], out)
         rows = [row["perf/step_seconds"] for row in _rows(folder / trial).values()]
         step_seconds: float = sorted(rows[5:])[len(rows[5:]) // 2]
         _clear(folder / trial)
