@@ -69,14 +69,23 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
-def compare(plain: Any, stage: int, world: int, todo: list[dict[str, Any]], *, relative: float, folder: Path) -> None:
-    """Spawn the ranks, run all cases in them, and hold what they return against plain."""
+def compare(
+    plain: Any,
+    stage: int,
+    world: int,
+    todo: list[dict[str, Any]],
+    *,
+    relative: float,
+    folder: Path,
+    timeout: float = 540,
+) -> None:
+    """Spawn the ranks, run all cases in them, and hold what they return against plain. timeout: their seconds."""
     for case in todo:
         _, references = plain(case)
     ranks = spawn(
         "tests.engine.jobs:run_cases",
         world=world,
-        timeout=540,
+        timeout=timeout,
         folder=folder,
         cases=[case | {"zero_stage": stage} for case in todo],
         references=str(references),
@@ -152,9 +161,10 @@ def test_a_few_kinds_are_plain(plain: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_kind_is_plain(plain: Any, tmp_path: Path, stage: int) -> None:
-    compare(plain, stage, 2, kinds(), relative=1e-6, folder=tmp_path)
+    compare(plain, stage, 2, kinds(), relative=1e-6, folder=tmp_path, timeout=3000)
 
 
 @pytest.mark.slow
