@@ -23,7 +23,6 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lmtrain.errors import ConfigError
 from lmtrain.models import ModelConfig
 from lmtrain.nn.counting import parameters
 from lmtrain.nn.embedding import SymbolMatrix, read_out
@@ -54,8 +53,6 @@ class Config(ModelConfig):
 
 def build(config: Config, *, spec: Spec) -> Model:
     """The model of `config` for a corpus; ConfigError for one of real numbers."""
-    if not spec.alphabet:
-        raise ConfigError("model.kind = rnn reads symbols, and the corpus gives real numbers; use a model of densities")
     return RNN(config, spec=spec)
 
 

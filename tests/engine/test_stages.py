@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lmtrain.protocol import Place
 from tests.engine.jobs import AFTER, SAVED, Reader, run_case
@@ -107,8 +108,21 @@ def compare(
         mine, theirs = Reader.load(folder / f"{label}-whole.npz"), Reader.load(references / f"{label}-whole.npz")
         assert mine.shapes == theirs.shapes, where
         for key, tensor in theirs.tensors.items():
-            worst = float((mine.tensors[key] - tensor).abs().max())
+            apart = (mine.tensors[key] - tensor).abs()
+            if key[1] == "weight":
+                apart = apart[~noise(theirs, key[0], apart)]
+            worst = float(apart.max()) if apart.numel() else 0.0
             assert worst <= 200 * relative, f"{where}: {key} differs by {worst}"
+
+
+def noise(saved: Reader, name: str, like: Tensor) -> Tensor:
+    """bool: where the gradient is zero but for its rounding, as for the bias of attention's keys; AdamW makes steps of
+    its usual length out of that. A gradient that is exactly zero is no noise.
+    """
+    if not saved.has(name, "exp_avg_sq"):
+        return torch.zeros_like(like, dtype=torch.bool)
+    squares = saved.tensors[name, "exp_avg_sq"]
+    return (squares > 0) & (squares < 1e-16)
 
 
 def test_zero_1_on_two_ranks(plain: Any, tmp_path: Path) -> None:
