@@ -116,10 +116,10 @@ def compare(
 
 
 def noise(saved: Reader, name: str, like: Tensor) -> Tensor:
-    """bool: where the gradient is zero but for its rounding, as for the bias of attention's keys; AdamW makes steps of
-    its usual length out of that. A gradient that is exactly zero is no noise.
+    """bool: where the gradient is nothing but rounding: for the bias of attention's keys, which changes no softmax.
+    AdamW makes steps of its usual length out of that.
     """
-    if not saved.has(name, "exp_avg_sq"):
+    if not name.endswith("qkv.bias") or not saved.has(name, "exp_avg_sq"):
         return torch.zeros_like(like, dtype=torch.bool)
     squares = saved.tensors[name, "exp_avg_sq"]
     return (squares > 0) & (squares < 1e-16)
