@@ -180,7 +180,10 @@ class Tracker:
         return row
 
     def log_eval(self, name: str, result: Any, *, step: int, tokens: int) -> None:
-        """A held-out result: `result.score` (protocol.Score); what else the dataclass has goes to metrics.jsonl."""
+        """A held-out result: `result.score` (protocol.Score); what else the dataclass has goes to metrics.jsonl.
+
+        A result may have a `perplexity` of its own, None where the score's is none: of densities of real numbers.
+        """
         if self._silent:
             return
         assert self._console is not None
@@ -188,7 +191,7 @@ class Tracker:
         row: dict[str, Any] = {"kind": "eval", "step": step, "train/tokens": tokens, "set": name}
         for key, value in (
             ("loss", score.nats_per_symbol),
-            ("perplexity", score.perplexity),
+            ("perplexity", getattr(result, "perplexity", score.perplexity)),
             ("word_perplexity", score.word_perplexity),
             ("bits_per_byte", score.bits_per_byte),
             ("bits_per_dim", score.bits_per_dim),

@@ -119,10 +119,10 @@ def wait_for(child, folder, step):
         time.sleep(0.01)
 
 
-def tensors(folder):
-    """Every tensor of the last checkpoint, as bytes."""
+def tensors(folder, step=STEPS):
+    """Every tensor of the checkpoint of `step`, the last one, as bytes."""
     found = {}
-    for path in sorted((folder / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")):
+    for path in sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}  # noqa: SIM118
     return found

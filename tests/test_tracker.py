@@ -31,6 +31,10 @@ class Result:
     interval: tuple[float, float] | None = (1.0, 2.0)
 
 
+class OfReals(Result):
+    perplexity = None
+
+
 def record(step: int, *, steps: int = 100, **changes: Any) -> dict[str, Any]:
     row = {
         "step": step,
@@ -149,7 +153,9 @@ def test_a_held_out_result_has_its_documented_names(tmp_path: Path) -> None:
     log = make(tmp_path)
     log.log_eval("valid", Result(Score(nats=200.0, symbols=100.0, words=20.0, bytes=400.0)), step=5, tokens=500)
     log.log_eval("digits", Result(Score(nats=64.0, symbols=64.0, dims=64.0), mode="row"), step=5, tokens=500)
-    text, image = rows(tmp_path, "eval")
+    log.log_eval("wine", OfReals(Score(nats=-13.0, symbols=130.0), mode="row"), step=5, tokens=500)
+    text, image, reals = rows(tmp_path, "eval")
+    assert {key for key in reals if key.startswith("eval/")} == {"eval/wine/loss"}
     assert text["eval/valid/loss"] == 2.0
     assert text["eval/valid/perplexity"] == pytest.approx(math.exp(2.0))
     assert text["eval/valid/word_perplexity"] == pytest.approx(math.exp(10.0))

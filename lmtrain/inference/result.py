@@ -100,6 +100,11 @@ class Result:
         return -value, -value - self.measure.offset
 
     @property
+    def perplexity(self) -> float | None:
+        """exp(nats / symbols); None for real numbers, whose densities are not probabilities of symbols."""
+        return self.score.perplexity if self.measure.kind == "exact" else None
+
+    @property
     def dims_note(self) -> str | None:
         """What bits per dimension are, or why there are none; None where there are no records."""
         if self.records is None:
@@ -135,7 +140,7 @@ class Result:
     def bounds(self, name: str) -> tuple[float, float] | None:
         """Both bounds of nats_per_symbol, nats_per_record, perplexity, bits_per_byte or bits_per_dim; None without an
         interval."""
-        held = self if name == "nats_per_record" else self.score
+        held = self if name in {"nats_per_record", "perplexity"} else self.score
         if self.interval is None or getattr(held, name) is None:
             return None
         k = 1 if name == "bits_per_byte" else 0
@@ -164,7 +169,7 @@ class Result:
         score = self.score
         values = {
             "loss": score.nats_per_symbol,
-            "perplexity": score.perplexity,
+            "perplexity": self.perplexity,
             "bits_per_byte": score.bits_per_byte,
             "bits_per_dim": score.bits_per_dim,
         }
@@ -207,7 +212,7 @@ class Result:
             "dims": _count(score.dims) or None,
             "nats": _finite(score.nats),
             "nats_per_symbol": _finite(score.nats_per_symbol),
-            "perplexity": _finite(score.perplexity),
+            "perplexity": _finite(self.perplexity),
             "bits_per_byte": _finite(score.bits_per_byte),
             "bits_per_byte_is": self.bits_note,
             "word_perplexity": _finite(score.word_perplexity),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lmtrain.errors import ConfigError
+from lmtrain.nn.labels import label_classes
 from lmtrain.nn.running import RunningHidden
 from lmtrain.protocol import Spec
 
@@ -54,5 +55,4 @@ def check_records(spec: Spec, *, kind: str, reads: str, conditional: bool) -> No
         raise ConfigError(f"model.kind = {kind} reads two or more levels, but the corpus has {given}; use rnade")
     if reads == "reals" and spec.alphabet:
         raise ConfigError(f"model.kind = {kind} reads reals, but the corpus has {given}; use nade or made")
-    if conditional and not spec.labels:
-        raise ConfigError("model.conditional = true, but the corpus has no labels; set it to false")
+    label_classes(spec, conditional=conditional)

@@ -21,7 +21,7 @@ def need_symbols(spec: Spec, *, kind: str) -> None:
     """ConfigError when rows are real numbers, which a model of discrete symbols cannot read."""
     if not spec.alphabet:
         raise ConfigError(
-            f"model.kind = {kind} reads symbols, and this corpus has real numbers; "
+            f"model.kind = {kind} reads symbols, and the corpus gives real numbers; "
             "take rnade, or prepare a discrete corpus"
         )
 

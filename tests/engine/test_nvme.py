@@ -76,7 +76,9 @@ def swapped(place: Place, folder: Path, *, cases: list[dict[str, Any]], referenc
 def test_nvme_is_plain(plain: Any, tmp_path: Path) -> None:  # noqa: F811
     """Curves, restored runs bit for bit, checkpoints of plain, steps that are skipped: as for every other stage."""
     disk = tmp_path / "disk"
-    compare(plain, 3, 2, cases(disk), relative=1e-6, folder=tmp_path, job="tests.engine.test_nvme:swapped")
+    compare(
+        plain, 3, 2, cases(disk), relative=1e-6, folder=tmp_path, job="tests.engine.test_nvme:swapped", timeout=1500
+    )
     for rank in range(2):
         seen = (tmp_path / f"seen{rank}").read_text()
         for kind in ("weights", "exp_avg", "exp_avg_sq", "momentum"):

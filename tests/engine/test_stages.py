@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lmtrain.protocol import Place
 from tests.engine.jobs import AFTER, SAVED, Reader, run_case
@@ -78,14 +79,15 @@ def compare(
     relative: float,
     folder: Path,
     job: str = "tests.engine.jobs:run_cases",
+    timeout: float = 540,
 ) -> None:
-    """Spawn the ranks, run all cases in them, and hold what they return against plain."""
+    """Spawn the ranks, run all cases in them, and hold what they return against plain. timeout: their seconds."""
     for case in todo:
         _, references = plain(case)
     ranks = spawn(
         job,
         world=world,
-        timeout=1500 if "nvme" in job else 540,
+        timeout=timeout,
         folder=folder,
         cases=[case | {"zero_stage": stage} for case in todo],
         references=str(references),
@@ -107,8 +109,21 @@ def compare(
         mine, theirs = Reader.load(folder / f"{label}-whole.npz"), Reader.load(references / f"{label}-whole.npz")
         assert mine.shapes == theirs.shapes, where
         for key, tensor in theirs.tensors.items():
-            worst = float((mine.tensors[key] - tensor).abs().max())
+            apart = (mine.tensors[key] - tensor).abs()
+            if key[1] == "weight":
+                apart = apart[~noise(theirs, key[0], apart)]
+            worst = float(apart.max()) if apart.numel() else 0.0
             assert worst <= 200 * relative, f"{where}: {key} differs by {worst}"
+
+
+def noise(saved: Reader, name: str, like: Tensor) -> Tensor:
+    """bool: where the gradient is nothing but rounding: for the bias of attention's keys, which changes no softmax.
+    AdamW makes steps of its usual length out of that.
+    """
+    if not name.endswith("qkv.bias") or not saved.has(name, "exp_avg_sq"):
+        return torch.zeros_like(like, dtype=torch.bool)
+    squares = saved.tensors[name, "exp_avg_sq"]
+    return (squares > 0) & (squares < 1e-16)
 
 
 def test_zero_1_on_two_ranks(plain: Any, tmp_path: Path) -> None:
@@ -161,9 +176,10 @@ def test_a_few_kinds_are_plain(plain: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_kind_is_plain(plain: Any, tmp_path: Path, stage: int) -> None:
-    compare(plain, stage, 2, kinds(), relative=1e-6, folder=tmp_path)
+    compare(plain, stage, 2, kinds(), relative=1e-6, folder=tmp_path, timeout=3000)
 
 
 @pytest.mark.slow

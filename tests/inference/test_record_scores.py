@@ -125,6 +125,9 @@ def test_reals_have_a_likelihood_in_both_units_and_no_bits(folder: Path) -> None
     assert result.log_likelihood == pytest.approx((own, own - np.log(train.std(axis=0)).sum()), rel=1e-5)
     assert result.score.bits_per_dim is None
     said = result.to_json()
+    assert said["perplexity"] is None, "a density has none"
+    assert "perplexity" not in result.metrics()
+    assert said["interval"]["perplexity"] is None
     assert said["log_likelihood"] == pytest.approx(own, rel=1e-5)
     assert said["bits_per_dim"] is None
     assert "a density of real numbers has no bits" in said["bits_per_dim_is"]

@@ -68,10 +68,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gated_pixelcnn-grey": {"alphabet": 2, "grid": [2, 3, 1], "model": {
         "kind": "gated_pixelcnn", "layers": 2, "width": 8, "head_width": 12, "first_kernel": 3,
     }},
-    "gpt-conditional": {"alphabet": 3, "grid": [2, 2, 1], "labels": 2, "model": {
+    "gpt-conditional": {"alphabet": 3, "grid": [1, 2, 3], "labels": 2, "model": {
         "kind": "gpt", "layers": 2, "width": 16, "heads": 2, "positions": "learned", "conditional": True
     }},
-    "rnn-conditional": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {
+    "rnn-conditional": {"alphabet": 3, "grid": [1, 2, 3], "labels": 2, "model": {
         "kind": "rnn", "layers": 1, "width": 16, "tied": False, "conditional": True
     }},
     "image_transformer-plane": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {

@@ -28,6 +28,16 @@ every_colour = pytest.mark.parametrize(
     ids=lambda case: case.name,
 )
 
+every_now_or_later = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case.text or (case.config and not case.spec.grid) else pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
+"""The slowest law is left out of the inner loop for images and for variants of models of records."""
+
 
 def test_every_kind_is_enrolled_by_a_config():
     assert {case.model["kind"] for case in CASES if case.config} == set(models.kinds())
@@ -107,7 +117,7 @@ def test_the_label_matters_to_a_conditional_model_alone(case: Case):
         assert differs_BT[:, case.order[0]].all()
 
 
-@every
+@every_now_or_later
 def test_one_batch_can_be_overfitted(case: Case):
     """At one of three rates: a single layer of large weights takes longer steps than a deep network can bear."""
     x_BT, cond = case.rows(100, seed=8)

@@ -1,7 +1,4 @@
-"""The PixelCNN family: what each pixel reads, against definitions by loops, pixel by pixel, channel by channel."""
-
-import math
-from types import SimpleNamespace
+"""The PixelCNN family: what each pixel reads, streams, labels, refusals, precision and counts."""
 
 import numpy as np
 import pytest
@@ -12,41 +9,10 @@ from lmtrain import models
 from lmtrain.errors import ConfigError, InputError
 from lmtrain.nn.stream import RecomputingStream
 from lmtrain.protocol import Cond, Spec
+from tests.models.pixelcnn_models import SMALL, every_row, make, rows
 
-SMALL = {
-    "pixelcnn": {"kind": "pixelcnn", "blocks": 2, "width": 12, "head_width": 8},
-    "gated_pixelcnn": {"kind": "gated_pixelcnn", "layers": 3, "width": 7, "head_width": 8},
-    "pixelcnn_pp": {"kind": "pixelcnn_pp", "scales": 3, "layers": 1, "width": 8, "components": 3},
-}
 softmax = pytest.mark.parametrize("kind", ["pixelcnn", "gated_pixelcnn"])
 every = pytest.mark.parametrize("kind", list(SMALL))
-
-
-def spec_of(grid, *, alphabet=4, labels=0):
-    return Spec(alphabet=alphabet, context=math.prod(grid), bos=alphabet, grid=grid, labels=labels)
-
-
-def make(kind, grid, *, alphabet=4, labels=0, seed=0, push=0.3, **keys):
-    torch.manual_seed(seed)
-    spec = spec_of(grid, alphabet=alphabet, labels=labels)
-    model = models.build(models.parse({**SMALL[kind], **keys}), spec)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape), alpha=push / max(1, p[0].numel()) ** 0.5)
-    return model.eval()
-
-
-def rows(grid, batch=3, *, alphabet=4, labels=0, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    x_BT = torch.randint(alphabet, (batch, math.prod(grid)), generator=generator)
-    label_B = torch.randint(labels, (batch,), generator=generator) if labels else None
-    return x_BT, Cond(torch.full((batch,), alphabet), label_B=label_B)
-
-
-def every_row(grid, *, alphabet):
-    T = math.prod(grid)
-    x_NT = torch.cartesian_prod(*[torch.arange(alphabet)] * T).view(-1, T)
-    return x_NT, Cond(torch.full((len(x_NT),), alphabet))
 
 
 # --- probabilities
@@ -128,204 +94,7 @@ def test_gated_pixelcnn_has_no_blind_spot():
     assert np.array_equal(read_at(model, grid, 6, 5), before(6, 5, H=H, W=W) & near)
 
 
-# --- independent references: the papers' k x k kernels, written out by loops
-
-
-def masked(h, conv, *, mask, from_channel, to_channel):
-    """k x k masked convolution as [1] defines it, for weights that hold the upper half of k x k kernels."""
-    weight, bias = conv.weight.detach().numpy(), conv.bias.detach().numpy()
-    O, I, kh, kw = weight.shape  # noqa: E741
-    B, _, H, W = h.shape
-    out = np.zeros((B, O, H, W)) + bias[:, None, None]
-    for r, c in np.ndindex(H, W):
-        for a, d in np.ndindex(kh, kw):
-            y, x = r + a - (kh - 1), c + d - conv.left
-            if y < 0 or not 0 <= x < W or (y == r and x > c and mask):
-                continue
-            for o, i in np.ndindex(O, I):
-                if (
-                    mask
-                    and (y, x) == (r, c)
-                    and not (from_channel(i) < to_channel(o) if mask == "A" else from_channel(i) <= to_channel(o))
-                ):
-                    continue
-                out[:, o, r, c] += weight[o, i, a, d] * h[:, i, y, x]
-    return out
-
-
-def thirds(width, channels):
-    """Channel of each of `width` maps, by counting."""
-    return lambda i: max(k for k in range(channels) if i * channels >= k * width)
-
-
-def inputs(x_BT, grid, alphabet):
-    H, W, C = grid
-    x = x_BT.numpy().reshape(-1, H, W, C).transpose(0, 3, 1, 2) / (alphabet - 1) * 2 - 1
-    return np.concatenate([x, np.ones_like(x[:, :1])], axis=1)
-
-
-def relu(a):
-    return np.maximum(a, 0)
-
-
-def assert_logits(model, x_BT, cond, maps, grid):
-    B, (H, W, C) = len(x_BT), grid
-    want = maps.reshape(B, C, -1, H, W).transpose(0, 3, 4, 1, 2).reshape(B, H * W * C, -1)
-    with torch.no_grad():
-        got = model.predict(x_BT, cond=cond)
-        assert np.abs(got.numpy() - want).max() < 1e-6
-        normal = want - np.log(np.exp(want).sum(-1, keepdims=True))
-        scored = np.take_along_axis(normal, x_BT.numpy()[..., None], -1)[..., 0]
-        assert np.abs(model(x_BT, cond=cond).numpy() - scored).max() < 1e-6
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_pixelcnn_by_loops(channels):
-    grid = (3, 4, channels)
-    model = make("pixelcnn", grid, width=8, head_width=5, first_kernel=3).double()
-    x_BT, cond = rows(grid, 2)
-    outer, inner, head = (thirds(n, channels) for n in (8, 4, 5))
-
-    def b(h, conv, source, target):
-        return masked(h, conv, mask="B", from_channel=source, to_channel=target)
-
-    h = inputs(x_BT, grid, 4)
-    h = masked(h, model.first, mask="A", from_channel=lambda i: i if i < channels else -1, to_channel=outer)
-    for block in model.blocks:
-        a = b(relu(h), block.reduce, outer, inner)
-        a = b(relu(a), block.convolve, inner, inner)
-        h = h + b(relu(a), block.expand, inner, outer)
-    h = b(relu(h), model.head[0], outer, head)
-    h = b(relu(h), model.head[1], head, head)
-    assert_logits(model, x_BT, cond, b(relu(h), model.lm_head, head, lambda o: o // 4), grid)
-
-
-def sigmoid(a):
-    return 1 / (1 + np.exp(-a))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_gated_pixelcnn_by_loops(channels):
-    grid, p = (3, 4, channels), 5
-    model = make("gated_pixelcnn", grid, width=p, head_width=4, first_kernel=3, labels=3, conditional=True).double()
-    x_BT, cond = rows(grid, 2, labels=3)
-    maps, head = thirds(p, channels), thirds(4, channels)
-
-    def label(layer):
-        return layer.label_embed.weight.detach().numpy()[cond.label_B.numpy()][:, :, None, None]
-
-    def gate(a):
-        return np.tanh(a[:, :p]) * sigmoid(a[:, p:])
-
-    h = inputs(x_BT, grid, 4)
-    v = np.zeros_like(h)
-    v[:, :, 1:] = h[:, :, :-1]
-    everything = {"mask": None, "from_channel": None, "to_channel": None}
-    for i, (vertical, horizontal) in enumerate(zip(model.verticals, model.horizontals, strict=True)):
-        a = masked(v, vertical.convolve, **everything) + label(vertical)
-        source = (lambda j: j if j < channels else -1) if i == 0 else maps
-        beside = masked(h, horizontal.convolve, mask="B" if i else "A", from_channel=source,
-                        to_channel=lambda o: maps(o % p))  # fmt: skip
-        g = gate(beside + masked(a, vertical.across, **everything) + label(horizontal))
-        out = masked(g, horizontal.out, mask="B", from_channel=maps, to_channel=maps)
-        h, v = (h + out if i else out), gate(a)
-    h = masked(relu(h), model.head, mask="B", from_channel=maps, to_channel=head)
-    out = masked(relu(h), model.lm_head, mask="B", from_channel=head, to_channel=lambda o: o // 4)
-    assert_logits(model, x_BT, cond, out, grid)
-
-
-def elu2(a):
-    both = np.concatenate([a, -a], axis=1)
-    return np.where(both > 0, both, np.expm1(np.minimum(both, 0)))
-
-
-def plain(h, conv):
-    """Every weight read; the weights of each output scaled to its length."""
-    weight = conv.weight.detach()
-    if conv.length is not None:
-        weight = weight * (conv.length.detach() / weight.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
-    scaled = SimpleNamespace(weight=weight, bias=conv.bias, left=conv.left)
-    return masked(h, scaled, mask=None, from_channel=None, to_channel=None)
-
-
-def grown(h, up, H, W):
-    """Stride 2: pixel (i, j) is added to rows 2i, 2i + 1 and columns 2j - left .. of the output, by its weights."""
-    weight = up.weight.detach().numpy()
-    weight = weight / np.sqrt((weight**2).sum((0, 2, 3), keepdims=True)) * up.length.detach().numpy()[:, None, None]
-    out = np.zeros((len(h), weight.shape[1], H, W)) + up.bias.detach().numpy()[:, None, None]
-    for i, j, a, d in np.ndindex(*h.shape[2:], *weight.shape[2:]):
-        y, x = 2 * i + a, 2 * j + d - up.left
-        if y < H and 0 <= x < W:
-            out[:, :, y, x] += h[:, :, i, j] @ weight[:, :, a, d]
-    return out
-
-
-def pp_layer(h, layer, beside):
-    a = plain(elu2(h), layer.first)
-    if beside is not None:
-        a = a + plain(elu2(beside), layer.beside)
-    a = plain(elu2(a), layer.second)
-    half = a.shape[1] // 2
-    return h + a[:, :half] * sigmoid(a[:, half:])
-
-
-def pp_maps(model, x):
-    """Both stacks side by side, as the paper's figure 2 draws them: down with everything kept, then up."""
-    down, right = np.zeros_like(x), np.zeros_like(x)
-    down[:, :, 1:], right[..., 1:] = x[:, :, :-1], x[..., :-1]
-    u, ul = plain(down, model.first_above), plain(down, model.first_row) + plain(right, model.first_left)
-    kept, sizes, scale, path = [(u, ul)], [], model.scales, []
-    while True:
-        for v, h in zip(scale.vertical_down, scale.horizontal_down, strict=True):
-            u = pp_layer(u, v, None)
-            ul = pp_layer(ul, h, u)
-            kept.append((u, ul))
-        path.append(scale)
-        if scale.coarser is None:
-            break
-        sizes.append(u.shape[2:])
-        u = plain(u, scale.vertical_shrink)[:, :, ::2, ::2]
-        ul = plain(ul, scale.horizontal_shrink)[:, :, ::2, ::2]
-        kept.append((u, ul))
-        scale = scale.coarser
-    u, ul = kept.pop()
-    for scale in reversed(path):
-        if scale.coarser is not None:
-            H, W = sizes.pop()
-            u, ul = grown(u, scale.vertical_grow, H, W), grown(ul, scale.horizontal_grow, H, W)
-        for v, h in zip(scale.vertical_up, scale.horizontal_up, strict=True):
-            old_u, old_ul = kept.pop()
-            u = pp_layer(u, v, old_u)
-            ul = pp_layer(ul, h, np.concatenate([u, old_ul], axis=1))
-    assert not kept
-    return plain(np.where(ul > 0, ul, np.expm1(np.minimum(ul, 0))), model.lm_head)
-
-
-@pytest.mark.parametrize(("grid", "scales"), [((3, 4, 1), 1), ((4, 4, 3), 2), ((3, 5, 3), 3)])
-def test_pixelcnn_pp_by_loops_and_the_joint_of_a_pixel(grid, scales):
-    (H, W, C), V, K = grid, 6, 2
-    model = make("pixelcnn_pp", grid, alphabet=V, scales=scales, width=3, components=K).double()
-    x_BT, cond = rows(grid, 2, alphabet=V)
-    out = pp_maps(model, inputs(x_BT, grid, V)).reshape(2, K, -1, H, W)
-    out[:, :, 1 : 1 + C] += np.linspace(-1, 1, K)[:, None, None, None]  # where the components start
-    out[:, :, 1 + C : 1 + 2 * C] -= math.log(K)
-    place = x_BT.numpy().reshape(2, H, W, C) * 2 / (V - 1) - 1
-    with torch.no_grad():
-        got = model(x_BT, cond=cond).view(2, H, W, C).sum(-1).numpy()
-    for b, r, c in np.ndindex(2, H, W):
-        p = out[b, :, :, r, c]
-        weight = np.exp(p[:, 0]) / np.exp(p[:, 0]).sum()
-        k, x = np.tanh(p[:, 1 + 2 * C :]), place[b, r, c]
-        joint = weight
-        for i in range(C):
-            mean = p[:, 1 + i] + sum(k[:, i * (i - 1) // 2 + j] * x[j] for j in range(i))
-            scale = np.exp(p[:, 1 + C + i])
-            high = 1.0 if x[i] > 0.999 else sigmoid((x[i] + 1 / (V - 1) - mean) / scale)
-            low = 0.0 if x[i] < -0.999 else sigmoid((x[i] - 1 / (V - 1) - mean) / scale)
-            joint = joint * (high - low)
-        assert got[b, r, c] == pytest.approx(math.log(joint.sum()), abs=1e-5)
-
-
+@pytest.mark.slow
 def test_pixelcnn_pp_has_no_blind_spot():
     H, W = 6, 9
     grid = (H, W, 1)
@@ -373,15 +142,15 @@ def test_the_stream_is_forward(kind, grid):
 
 @every
 def test_the_same_noise_gives_the_same_image_with_and_without_cache(kind):
-    grid = (4, 4, 2)
+    grid, T = (2, 4, 2), 16
     model = make(kind, grid)
     _, cond = rows(grid, 5)
-    noise_BT = torch.from_numpy(np.random.default_rng(0).random((5, 32)))
+    noise_BT = torch.from_numpy(np.random.default_rng(0).random((5, T)))
     images = []
     for stream in (model.stream(5, cond=cond), model.stream(5, cond=cond),
-                   RecomputingStream(model, 5, cond=cond, length=32)):  # fmt: skip
+                   RecomputingStream(model, 5, cond=cond, length=T)):  # fmt: skip
         drawn = []
-        for t in range(32):
+        for t in range(T):
             drawn.append(stream.distribution().sample(noise_BT[:, t]))
             stream.push(drawn[-1])
         images.append(torch.stack(drawn, 1))
@@ -402,7 +171,7 @@ def test_labels_condition_the_whole_image(kind):
         one = model(x_BT, cond=Cond(cond.start_B, label_B=torch.zeros(4, dtype=torch.int64)))
         other = model(x_BT, cond=Cond(cond.start_B, label_B=torch.ones(4, dtype=torch.int64)))
         assert ((one - other).abs() > 1e-4).all()
-        with pytest.raises(InputError, match="without labels"):
+        with pytest.raises(InputError, match="its rows come without labels"):
             model(x_BT, cond=Cond(cond.start_B))
         blind = make(kind, grid, labels=3)
         assert torch.equal(blind(x_BT, cond=cond), blind(x_BT, cond=Cond(cond.start_B)))
