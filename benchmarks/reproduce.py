@@ -97,6 +97,29 @@ def _stopped(steps: int, every: int, patience: int) -> Tree:
     return {"train.steps": steps, "train.eval_every": every, "train.patience": patience}
 
 
+GRIDS = {
+    "dna": {
+        "fvsbn": _rated([0.02], [0.3, 1.0]),
+        "made": _rated([0.005], [0.05, 0.2]),
+        "made-masks": _rated([0.005], [0.05]),
+        "nade": _rated([0.01], [0.05, 0.2]),
+    },
+    "mushrooms": {
+        "fvsbn": _rated([0.02], [0.03, 0.1]),
+        "made": _rated([0.005], [0.03, 0.1]),
+        "made-masks": _rated([0.005], [0.03]),
+        "nade": _rated([0.01], [0.01, 0.03]),
+    },
+    "nips": {
+        "fvsbn": _rated([0.005], [3.0, 10.0]),
+        "made": _rated([0.005], [1.0, 3.0]),
+        "made-masks": _rated([0.005], [3.0]),
+        "nade": _rated([0.01], [0.3, 1.0]),
+    },
+}
+"""What is tried of each model of bits: rates and decays. The fewer the records, the more decay."""
+
+
 def _tables() -> list[Task]:
     """The models of bits on the three tables."""
     paper = {
@@ -109,12 +132,7 @@ def _tables() -> list[Task]:
     for data in ("dna", "mushrooms", "nips"):
         large = data == "mushrooms"
         steps = {**_stopped(1500 if large else 600, 50 if large else 20, 5), "data.global_batch": 100}
-        grids = {
-            "fvsbn": _rated([0.02], [0.03, 0.1] if large else [0.3, 1.0]),
-            "made": _rated([0.005], [0.1, 0.3] if large else [1.0, 3.0]),
-            "made-masks": _rated([0.005], [0.1] if large else [0.3, 1.0]),
-            "nade": _rated([0.01], [0.03, 0.1] if large else [0.3, 1.0]),
-        }
+        grids = GRIDS[data]
         kinds: dict[str, Tree] = {
             "fvsbn": {"model.kind": "fvsbn"},
             "made": {"model.kind": "made", "model.width": 500},
@@ -161,7 +179,7 @@ def _others() -> list[Task]:
     return [
         Task("lstm-dna", "dna", {**dna, **lstm}, {"dropout0.3": {"optimizer.lr": 0.01, "model.dropout": 0.3}}),
         Task("gpt-dna", "dna", {**dna, **gpt}, {"dropout0.2": {"optimizer.lr": 0.003, "model.dropout": 0.2}}),
-        Task("rnade-wine", "wine", wine, _rated([0.01], [0.03, 0.3]), -9.36, -9.86, folds=10, reals=True),
+        Task("rnade-wine", "wine", wine, _rated([0.003], [0.3, 3.0]), -9.36, -9.86, folds=10, reals=True),
         Task(
             "made-mnist",
             "mnist",
@@ -296,7 +314,11 @@ class Bench:
             raise RuntimeError(f"{name}: stopped before the first evaluation; give more --minutes")
         best = min(curve, key=lambda step: curve[step])
         found |= {"name": name, "label": label, "valid": curve[best], "step": best, "steps": rows[-1]["step"]}
-        found |= {"cpu_seconds": cpu, "seconds": time.monotonic() - began, "curve": list(curve.items())}
+        found |= {
+            "cpu_seconds": cpu,
+            "seconds": time.monotonic() - began,
+            "curve": [list(point) for point in curve.items()],
+        }
         found["cores"] = len(os.sched_getaffinity(0))
         done.write_text(json.dumps(found, indent=1))
         return found
