@@ -23,7 +23,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,20 @@ COMMON = {
 }
 """Keys of every run, under those of its task and its candidate."""
 
+SPLITS = ("train", "valid", "test")
+
+
+def _packed(name: str) -> Tree:
+    arrays = {split: f"{name}_{split}" for split in SPLITS}
+    return {"file": "nade_uci.npz", "arrays": arrays, "packed": f"{name}_dim"}
+
+
 SOURCES = {
-    "dna": {"file": "nade_uci.npz", "arrays": {s: f"dna_{s}" for s in ("train", "valid", "test")}, "packed": "dna_dim"},
-    "mushrooms": {
-        "file": "nade_uci.npz",
-        "arrays": {s: f"mushrooms_{s}" for s in ("train", "valid", "test")},
-        "packed": "mushrooms_dim",
-    },
-    "nips": {
-        "file": "nade_uci.npz",
-        "arrays": {s: f"nips_{s}" for s in ("train", "valid", "test")},
-        "packed": "nips_dim",
-    },
-    "wine": {"file": "red_wine.npz", "arrays": {s: f"fold{{fold}}_{s}" for s in ("train", "valid", "test")}},
+    **{name: _packed(name) for name in ("dna", "mushrooms", "nips")},
+    "wine": {"file": "red_wine.npz", "arrays": {split: f"fold{{fold}}_{split}" for split in SPLITS}},
     "mnist": {
         "file": "binarized_mnist_static.npz",
-        "arrays": {s: s for s in ("train", "valid", "test")},
+        "arrays": {s: s for s in SPLITS},
         "packed": 784,
         "grid": [28, 28, 1],
     },
@@ -84,7 +82,7 @@ class Task:
     limit: float | None = None
     folds: int = 0
     clocked: bool = False
-    reals: bool = field(default=False)
+    reals: bool = False
 
 
 def _rated(rates: list[float], decays: list[float]) -> dict[str, Tree]:
@@ -127,7 +125,7 @@ GRIDS = {
         "fvsbn": _rated([0.005], [3.0]) | _plain([30.0], [0.0]) | _plain([100.0], [0.0001]),
         "made": _rated([0.005], [1.0, 3.0]),
         "made-masks": _rated([0.005], [3.0]),
-        "nade": _rated([0.01], [0.3, 1.0, 3.0]),
+        "nade": _rated([0.01], [0.3, 1.0, 3.0]) | _plain([50.0], [0.0]),
     },
 }
 """What is tried of each model of bits: rates and decays. The fewer the records, the more decay."""
@@ -145,7 +143,6 @@ def _tables() -> list[Task]:
     for data in ("dna", "mushrooms", "nips"):
         large = data == "mushrooms"
         steps = {**_stopped(1500 if large else 600, 50 if large else 20, 5), "data.global_batch": 100}
-        grids = GRIDS[data]
         kinds: dict[str, Tree] = {
             "fvsbn": {"model.kind": "fvsbn"},
             "made": {"model.kind": "made", "model.width": 500},
@@ -161,13 +158,13 @@ def _tables() -> list[Task]:
         for kind, keys in kinds.items():
             published = paper[kind][data]
             limit = None if kind == "made-masks" else round(published + 0.5, 2)
-            tasks.append(Task(f"{kind}-{data}", data, {**steps, **keys}, grids[kind], published, limit))
+            tasks.append(Task(f"{kind}-{data}", data, {**steps, **keys}, GRIDS[data][kind], published, limit))
     return tasks
 
 
 def _others() -> list[Task]:
     """Sequence models on DNA, reals, and images."""
-    dna = {**_stopped(600, 30, 4), "data.global_batch": 50}
+    dna = {**_stopped(300, 50, 3), "data.global_batch": 50}
     lstm = {"model.kind": "rnn", "model.cell": "lstm", "model.layers": 1, "model.width": 64, "model.embed_width": 16}
     gpt = {"model.kind": "gpt", "model.layers": 2, "model.width": 32, "model.heads": 2, "model.positions": "learned"}
     wine = {
@@ -190,35 +187,20 @@ def _others() -> list[Task]:
         "train.eval_every": 100,
         "eval.batch": 100,
         "eval.max_symbols": 784 * 500,
+        "model.width": 32,
+        "model.head_width": 32,
     }
-    sizes = {"model.width": 32, "model.head_width": 32}
+    made = {**mnist, "model.kind": "made", "model.width": 500, "train.steps": 3000}
+    pixelcnn = {**clock, "model.kind": "pixelcnn", "model.blocks": 5}
+    gated = {**clock, "model.kind": "gated_pixelcnn", "model.layers": 5}
+    clocked = _rated([0.003], [0.0])
     return [
         Task("lstm-dna", "dna", {**dna, **lstm}, {"dropout0.3": {"optimizer.lr": 0.01, "model.dropout": 0.3}}),
         Task("gpt-dna", "dna", {**dna, **gpt}, {"dropout0.2": {"optimizer.lr": 0.003, "model.dropout": 0.2}}),
         Task("rnade-wine", "wine", wine, rnade, -9.36, -9.86, folds=10, reals=True),
-        Task(
-            "made-mnist",
-            "mnist",
-            {**mnist, "model.kind": "made", "model.width": 500, "train.steps": 3000},
-            _direct([0.005], [0.0]),
-            94.5,
-            95.0,
-        ),
-        Task(
-            "pixelcnn-mnist",
-            "mnist",
-            {**clock, **sizes, "model.kind": "pixelcnn", "model.blocks": 5},
-            {"lr0.003": {"optimizer.lr": 0.003, "optimizer.weight_decay": 0.0}},
-            81.30,
-            clocked=True,
-        ),
-        Task(
-            "gated_pixelcnn-mnist",
-            "mnist",
-            {**clock, **sizes, "model.kind": "gated_pixelcnn", "model.layers": 5},
-            {"lr0.003": {"optimizer.lr": 0.003, "optimizer.weight_decay": 0.0}},
-            clocked=True,
-        ),
+        Task("made-mnist", "mnist", made, _direct([0.005], [0.0]), 94.5, 95.0),
+        Task("pixelcnn-mnist", "mnist", pixelcnn, clocked, 81.30, clocked=True),
+        Task("gated_pixelcnn-mnist", "mnist", gated, clocked, clocked=True),
     ]
 
 
@@ -273,12 +255,13 @@ class Commands:
 
 @dataclass
 class Bench:
-    """Where data lies, where runs go, and how long a task with a clock may take."""
+    """Where data lies, where runs go, how long a task with a clock may take; finished: nothing is trained any more."""
 
     data: Path
     work: Path
     minutes: float
     commands: Commands
+    finished: bool = False
 
     def config(self, task: Task, candidate: Tree, *, corpus: str, fold: int | None, name: str) -> Tree:
         """The whole config of a candidate."""
@@ -302,8 +285,8 @@ class Bench:
         }
         return {**nested(keys), "prepare": prepare}
 
-    def train(self, task: Task, label: str, fold: int | None) -> Tree:
-        """One candidate (of one fold): its best NLL on `valid`, or what was found before."""
+    def train(self, task: Task, label: str, fold: int | None) -> Tree | None:
+        """One candidate (of one fold): its best NLL on `valid`, or what was found before; None if it may not train."""
         where = task.data if fold is None else f"{task.data}-fold{fold}"
         name = f"{task.name}-{label}" + ("" if fold is None else f"-fold{fold}")
         config = self.config(task, task.grid[label], corpus=where, fold=fold, name=name)
@@ -315,6 +298,8 @@ class Bench:
             before = json.loads(done.read_text())
             if {key: before[key] for key in found} == found:
                 return before
+        if self.finished:
+            return None
         kept = run.with_name(f"{name}.yaml")
         kept.parent.mkdir(parents=True, exist_ok=True)
         written = json.dumps(config, indent=1)
@@ -351,8 +336,8 @@ class Bench:
         result: Tree = json.loads(done.read_text())["result"]
         return result
 
-    def task(self, task: Task) -> Tree:
-        """All candidates of a task (of all folds), the choices, and the test result."""
+    def task(self, task: Task) -> Tree | None:
+        """All candidates of a task (of all folds), the choices, the test result. None: nothing of it is finished."""
         tried, tests = [], []
         for fold in range(1, task.folds + 1) if task.folds else [None]:
             here = []
@@ -368,20 +353,22 @@ class Bench:
         sign = -1.0 if task.reals else 1.0
         ours = sign * sum(test["nats_per_record"] for test in tests) / len(tests)
         holds = None if task.limit is None else (ours >= task.limit if task.reals else ours <= task.limit)
-        spent = {key: sum(one[key] for one in tried) for key in ("cpu_seconds", "seconds")}
+        spent: Tree = {key: sum(one[key] for one in tried) for key in ("cpu_seconds", "seconds")}
+        spent["candidates"] = f"{len(tried)} of {len(task.grid) * max(1, task.folds)}"
         about = {"task": task.name, "paper": task.paper, "ours": ours, "limit": task.limit, "holds": holds}
         return {**about, **spent, "tried": tried, "tests": tests}
 
 
 def show(rows: list[Tree]) -> None:
     """The table."""
-    print(f"\n{'task':24}{'paper':>9}{'ours':>9}{'limit':>9}  {'holds':7}{'cpu s':>7}  chosen on valid")
+    print(f"\n{'task':24}{'paper':>9}{'ours':>9}{'limit':>9}  {'holds':7}{'cpu s':>7}  {'tried':10}chosen on valid")
     for row in rows:
         paper, limit = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("paper", "limit"))
         holds = {None: "", True: "yes", False: "NO"}[row["holds"]]
         chosen = row["tests"][0]["chosen"] if len(row["tests"]) == 1 else f"{len(row['tests'])} folds"
         ours, cpu = f"{row['ours']:.2f}", f"{row['cpu_seconds']:.0f}"
-        print(f"{row['task']:24}{paper:>9}{ours:>9}{limit:>9}  {holds:7}{cpu:>7}  {chosen.removeprefix(row['task'])}")
+        about = f"{row['candidates']:10}{chosen.removeprefix(row['task'] + '-')}"
+        print(f"{row['task']:24}{paper:>9}{ours:>9}{limit:>9}  {holds:7}{cpu:>7}  {about}")
 
 
 def main() -> None:
@@ -392,17 +379,22 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="names of tasks, or beginnings of names")
     parser.add_argument("--minutes", type=float, default=30.0, help="of a task with a clock")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--finished", action="store_true", help="train nothing: choose among what is finished")
     parser.add_argument("--out", type=Path, default=Path("reproduce.json"))
     given = parser.parse_args()
     wanted = [task for task in tasks if task.name.startswith(tuple(given.only))]
     if given.list or given.data is None or not wanted:
         print("reproduce: give --data FOLDER; nothing was run. Tasks:", *(task.name for task in wanted or tasks))
         return
-    bench = Bench(given.data, given.work.resolve(), given.minutes, Commands())
+    bench = Bench(given.data, given.work.resolve(), given.minutes, Commands(), given.finished)
     rows = []
     for task in wanted:
         print(task.name, flush=True)
-        rows.append(bench.task(task))
+        row = bench.task(task)
+        if row is None:
+            print("  nothing is finished")
+            continue
+        rows.append(row)
         show(rows[-1:])
         given.out.write_text(json.dumps(rows, indent=1))
     show(rows)

@@ -52,6 +52,7 @@ def test_valid_chooses_the_test_is_scored_once_and_nothing_runs_twice(
     task = reproduce.Task("tiny", "bits", shared, grid, paper=2.0, limit=2.5)
     bench = reproduce.Bench(tmp_path, tmp_path / "work", 1.0, reproduce.Commands())
     row = bench.task(task)
+    assert row is not None
     assert [test["chosen"] for test in row["tests"]] == ["tiny-fast"]
     truth_D = np.where(arrays["test"], -np.log(chance_D), -np.log(1 - chance_D))
     assert abs(row["ours"] - truth_D.sum(axis=1).mean()) < 0.05
