@@ -5,8 +5,8 @@
 FOLDER has nade_uci.npz, red_wine.npz and binarized_mnist_static.npz. Every candidate of a task's grid is a written
 config and one `lmtrain train`; the candidate with the lowest NLL on `valid` is scored once by `lmtrain eval --split
 test --checkpoint best`. With folds, every fold chooses for itself. `--work` keeps runs and results: what is finished
-there is not trained again, a run that was cut off goes on. `--only` takes names or beginnings of names; `--list`
-prints them.
+there is not trained again, a run that was cut off goes on. `--only` takes names or beginnings of names; without
+`--data` they are printed. `--finished` trains nothing and chooses among what is finished.
 
 A task with a clock is stopped after `--minutes`. Seconds are processor seconds of the training of the whole grid.
 Prints one table and writes JSON with the choice, all values on `valid`, the curves and the test results.
@@ -143,16 +143,12 @@ def _tables() -> list[Task]:
     for data in ("dna", "mushrooms", "nips"):
         large = data == "mushrooms"
         steps = {**_stopped(1500 if large else 600, 50 if large else 20, 5), "data.global_batch": 100}
+        made = {"model.kind": "made", "model.width": 500}
+        many = {"model.masks": 16, "model.ordering": "drawn", "model.orderings": "each"}
         kinds: dict[str, Tree] = {
             "fvsbn": {"model.kind": "fvsbn"},
-            "made": {"model.kind": "made", "model.width": 500},
-            "made-masks": {
-                "model.kind": "made",
-                "model.width": 500,
-                "model.masks": 16,
-                "model.ordering": "drawn",
-                "model.orderings": "each",
-            },
+            "made": made,
+            "made-masks": {**made, **many},
             "nade": {"model.kind": "nade", "model.width": 100},
         }
         for kind, keys in kinds.items():
@@ -185,7 +181,6 @@ def _others() -> list[Task]:
         "optimizer.ema": 0.995,
         "train.steps": 1_000_000,
         "train.eval_every": 100,
-        "eval.batch": 100,
         "eval.max_symbols": 784 * 500,
         "model.width": 32,
         "model.head_width": 32,
@@ -329,12 +324,10 @@ class Bench:
         done = self.work / "results" / f"{chosen['name']}.test.json"
         if not done.exists() or json.loads(done.read_text())["of"] != chosen:
             arguments = ["--split", "test", "--checkpoint", "best", "--json", "--set", "eval.max_symbols=null"]
-            out, _ = self.commands.run(
-                "eval", self.work / "runs" / chosen["name"], *arguments, out=done.with_suffix("")
-            )
+            run = self.work / "runs" / chosen["name"]
+            out, _ = self.commands.run("eval", run, *arguments, out=done.with_suffix(""))
             done.write_text(json.dumps({"of": chosen, "result": json.loads(out)["test"]}))
-        result: Tree = json.loads(done.read_text())["result"]
-        return result
+        return dict(json.loads(done.read_text())["result"])
 
     def task(self, task: Task) -> Tree | None:
         """All candidates of a task (of all folds), the choices, the test result. None: nothing of it is finished."""
@@ -342,17 +335,23 @@ class Bench:
         for fold in range(1, task.folds + 1) if task.folds else [None]:
             here = []
             for label in task.grid:
-                here.append(self.train(task, label, fold))
-                last = here[-1]
-                print(
-                    f"  {last['name']:42} valid {last['valid']:9.3f}  step {last['step']}/{last['steps']}", flush=True
-                )
+                one = self.train(task, label, fold)
+                if one is not None:
+                    here.append(one)
+                    print(
+                        f"  {one['name']:42} valid {one['valid']:9.3f}  step {one['step']}/{one['steps']}", flush=True
+                    )
+            if not here:
+                continue
             chosen = min(here, key=lambda one: one["valid"])
             tests.append({"chosen": chosen["name"], **self.test(chosen)})
             tried += here
+        if not tests:
+            return None
         sign = -1.0 if task.reals else 1.0
         ours = sign * sum(test["nats_per_record"] for test in tests) / len(tests)
-        holds = None if task.limit is None else (ours >= task.limit if task.reals else ours <= task.limit)
+        whole = len(tests) == max(1, task.folds)
+        holds = None if task.limit is None or not whole else (ours >= task.limit if task.reals else ours <= task.limit)
         spent: Tree = {key: sum(one[key] for one in tried) for key in ("cpu_seconds", "seconds")}
         spent["candidates"] = f"{len(tried)} of {len(task.grid) * max(1, task.folds)}"
         about = {"task": task.name, "paper": task.paper, "ours": ours, "limit": task.limit, "holds": holds}
@@ -378,24 +377,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("reproductions"), help="where corpora, runs and results go")
     parser.add_argument("--only", nargs="+", default=[""], help="names of tasks, or beginnings of names")
     parser.add_argument("--minutes", type=float, default=30.0, help="of a task with a clock")
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--finished", action="store_true", help="train nothing: choose among what is finished")
     parser.add_argument("--out", type=Path, default=Path("reproduce.json"))
     given = parser.parse_args()
     wanted = [task for task in tasks if task.name.startswith(tuple(given.only))]
-    if given.list or given.data is None or not wanted:
+    if given.data is None or not wanted:
         print("reproduce: give --data FOLDER; nothing was run. Tasks:", *(task.name for task in wanted or tasks))
         return
     bench = Bench(given.data, given.work.resolve(), given.minutes, Commands(), given.finished)
     rows = []
     for task in wanted:
         print(task.name, flush=True)
-        row = bench.task(task)
-        if row is None:
-            print("  nothing is finished")
-            continue
-        rows.append(row)
-        show(rows[-1:])
+        if (row := bench.task(task)) is not None:
+            rows.append(row)
+            show([row])
         given.out.write_text(json.dumps(rows, indent=1))
     show(rows)
 
