@@ -105,7 +105,7 @@ def test_a_run_goes_on_through_its_view_as_if_it_had_not_stopped(tmp_path: Path)
 def test_models_of_symbols_refuse_real_numbers(tmp_path: Path) -> None:
     for model in ({"kind": "gpt"}, {"kind": "rnn"}):
         config = written(tmp_path, prepare={"source": {"kind": "wine"}}, data={"corpus": "wine"}, model=model)
-        with pytest.raises(ConfigError, match=f"model.kind = {model['kind']} reads symbols, and this corpus has real"):
+        with pytest.raises(ConfigError, match=f"model.kind = {model['kind']} reads symbols, and the corpus gives real"):
             train(config, f"data.corpus={tmp_path}/wine")
 
 
