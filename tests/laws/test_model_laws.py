@@ -31,12 +31,12 @@ every_colour = pytest.mark.parametrize(
 every_now_or_later = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[] if case.text or (case.config and not case.spec.grid) else pytest.mark.slow)
+        pytest.param(case, marks=[] if case.text or (case.config and not case.spec.grid) else pytest.mark.exhaustive)
         for case in CASES
     ],
     ids=lambda case: case.name,
 )
-"""The slowest law is left out of the inner loop for images and for variants of models of records."""
+"""The slowest law is left to the full matrix for images and for variants of models of records."""
 
 
 def test_every_kind_is_enrolled_by_a_config():
