@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lmtrain.data import parts as in_parts
@@ -117,6 +118,16 @@ def spec_of(corpus: Corpus, config: RunConfig) -> Spec:
         grid=corpus.grid,
         labels=corpus.labels,
     )
+
+
+def told_classes(config: RunConfig) -> bool:
+    """Whether the model is told the class of a record."""
+    return bool(getattr(config.model, "conditional", False))
+
+
+def classes_in_turn(config: RunConfig, spec: Spec, count: int) -> np.ndarray | None:
+    """int64 [count]: a class for each record to be drawn; None for a model that is not told any."""
+    return np.arange(count) % spec.labels if told_classes(config) else None
 
 
 def bytes_per_symbol(corpus: Corpus) -> float:

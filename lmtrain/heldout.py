@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from lmtrain.corpora import alike, require_same_symbols, say, spec_of
+from lmtrain.corpora import alike, classes_in_turn, require_same_symbols, say, spec_of
 from lmtrain.data import pictures
 from lmtrain.data.corpus import open_corpus
 from lmtrain.inference import records, score
@@ -64,17 +62,13 @@ def _log_records(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Tra
     assert config.train is not None
     spec = spec_of(corpus, config)
     settings = sampling.SampleConfig(n=config.train.samples, max_symbols=spec.context, seed=config.train.seed)
-    label_N = np.arange(settings.n) % spec.labels if getattr(config.model, "conditional", False) else None
+    label_N = classes_in_turn(config, spec, settings.n)
     with engine.evaluating(weights=config.eval.weights) as model:
         drawn = records.draw(model, spec=spec, config=settings, label_N=label_N)
     logp_N = -drawn.nats_NT.sum(1)
     if corpus.grid is None:
-        rows = [
-            [i, *values, logp]
-            for i, (values, logp) in enumerate(
-                zip(pictures.numbers(drawn.x_NT, corpus).tolist(), logp_N.tolist(), strict=True)
-            )
-        ]
+        values_ND = pictures.numbers(drawn.x_NT, corpus).tolist()
+        rows = [[i, *values, logp] for i, (values, logp) in enumerate(zip(values_ND, logp_N.tolist(), strict=True))]
         tracker.samples(["sample", *(f"x{d}" for d in range(spec.context)), "log_prob"], rows, step=step)
     elif engine.rank == 0:
         path = config.folder / SAMPLES / f"step-{step:08d}.png"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmtrain.config import build
-from lmtrain.corpora import spec_of
+from lmtrain.corpora import classes_in_turn, spec_of, told_classes
 from lmtrain.data import images, pictures
 from lmtrain.data.view import View
 from lmtrain.errors import InputError
@@ -54,12 +54,11 @@ def sample_records(
 
 def _labels(opened: Opened, spec: Spec, label: int | None, count: int) -> np.ndarray | None:
     """The class asked for, or the classes in turn; None for a model that is not told any."""
-    told = bool(getattr(opened.config.model, "conditional", False))
-    if label is not None and not told:
+    if label is None:
+        return classes_in_turn(opened.config, spec, count)
+    if not told_classes(opened.config):
         raise InputError(f"--label {label}: the model is not told classes (model.conditional is false)")
-    if not told:
-        return None
-    return np.arange(count) % spec.labels if label is None else np.full(count, label)
+    return np.full(count, label)
 
 
 def complete_image(
@@ -130,7 +129,7 @@ def map_bits(
         batch = part.fetch(np.arange(min(n, part.documents)), spec.context)
         x_ND = batch.x_BT.numpy()
         label_N = None if batch.cond.label_B is None else batch.cond.label_B.numpy()
-    if bool(getattr(opened.config.model, "conditional", False)) and label_N is None:
+    if told_classes(opened.config) and label_N is None:
         raise InputError("the model is told classes, and files have none; give --split instead")
     nats_ND = surprisal(opened.model, x_ND, spec=spec, label_N=label_N)
     bits_NHW = (nats_ND / LN2).reshape(-1, *corpus.grid).sum(-1)

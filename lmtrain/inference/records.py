@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lmtrain.errors import DivergenceError, InputError
-from lmtrain.inference.sample import SampleConfig, bend, noise, quantile
-from lmtrain.protocol import Cond, Distribution, Draws, Model, Spec
+from lmtrain.inference.resting import device_of, resting
+from lmtrain.inference.sample import SampleConfig, choose, noise
+from lmtrain.protocol import Cond, Draws, Model, Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,6 @@ class Drawn:
     nats_NT: np.ndarray
 
 
-@torch.no_grad()
 def draw(
     model: Model,
     *,
@@ -61,33 +61,32 @@ def draw(
         raise InputError(
             "temperature, top-k and top-p bend probabilities of symbols; this model has a density of reals"
         )
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    dtype = torch.float32 if spec.alphabet == 0 else torch.int64
-    was_training = model.training
-    model.eval()
-    try:
-        drawn_N, nats_N = [], []
+    device, drawn_N, nats_N = device_of(model), [], []
+    with resting(model):
         for low in range(0, count, config.batch):
             these = slice(low, min(low + config.batch, count))
             numbers = range(these.start, these.stop)
             noise_BT = np.stack([noise(config.seed, sample=i, start=0, count=T + 1) for i in numbers])
-            label_B = None if label_N is None else torch.from_numpy(label_N[these].astype(np.int64)).to(device)
-            cond = Cond(torch.full((len(numbers),), spec.bos, dtype=torch.int64, device=device), None, label_B)
+            known_BT, cond = _rows(x_NT[these], None if label_N is None else label_N[these], spec=spec, device=device)
             if isinstance(model, Draws):
                 x_BT = model.draw(torch.from_numpy(noise_BT).to(device), cond=cond)
                 nats_BT = -model(x_BT, cond=cond).double()
             else:
-                known_BT = torch.from_numpy(x_NT[these]).to(device, dtype)
                 given_BT = torch.from_numpy(given_NT[these]).to(device)
                 x_BT, nats_BT = _side_by_side(model, known_BT, given_BT, noise_BT, cond=cond, config=config)
             if not torch.isfinite(nats_BT).all():
                 raise DivergenceError("the model's probabilities are not finite; its weights have diverged")
             drawn_N.append(x_BT.cpu().numpy())
             nats_N.append(nats_BT.cpu().numpy())
-    finally:
-        model.train(was_training)
     return Drawn(np.concatenate(drawn_N), np.concatenate(nats_N))
+
+
+def _rows(x_BT: np.ndarray, label_B: np.ndarray | None, *, spec: Spec, device: torch.device) -> tuple[Tensor, Cond]:
+    """Records and their condition as a model takes them."""
+    x = torch.from_numpy(x_BT).to(device, torch.float32 if spec.alphabet == 0 else torch.int64)
+    start_B = torch.full((len(x),), spec.bos, dtype=torch.int64, device=device)
+    labels = None if label_B is None else torch.from_numpy(label_B.astype(np.int64)).to(device)
+    return x, Cond(start_B, None, labels)
 
 
 def _side_by_side(
@@ -101,7 +100,7 @@ def _side_by_side(
         given_B = given_BT[:, t]
         if not given_B.all():
             now = stream.distribution()
-            fresh_B = _choose(now, noise_BT[:, step], config=config).to(x_BT)
+            fresh_B = choose(now, noise_BT[:, step], config=config, device=x_BT.device).to(x_BT)
             x_BT[:, t] = torch.where(given_B, x_BT[:, t], fresh_B)
             nats_BT[:, t] = torch.where(given_B, 0.0, -now.log_prob(x_BT[:, t]).double())
         if step + 1 < T:
@@ -109,38 +108,18 @@ def _side_by_side(
     return x_BT, nats_BT
 
 
-def _choose(now: Distribution, noise_B: np.ndarray, *, config: SampleConfig) -> Tensor:
-    if config.own:
-        return now.sample(torch.from_numpy(noise_B))
-    return quantile(bend(now.log_pmf(), config), noise_B)
-
-
-@torch.no_grad()
 def surprisal(
     model: Model, x_NT: np.ndarray, *, spec: Spec, label_N: np.ndarray | None = None, batch: int = 32
 ) -> np.ndarray:
     """float64 [N, T]: -ln p of each symbol given those before it, in nats (of reals: minus the log-density)."""
     _check(x_NT, np.zeros(x_NT.shape, dtype=bool), label_N, count=len(x_NT), spec=spec)
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    was_training = model.training
-    model.eval()
-    try:
-        out = []
+    device, out = device_of(model), []
+    with resting(model):
         for low in range(0, len(x_NT), batch):
-            x_BT = torch.from_numpy(x_NT[low : low + batch]).to(
-                device, torch.float32 if spec.alphabet == 0 else torch.int64
-            )
-            label_B = None if label_N is None else torch.from_numpy(label_N[low : low + batch].astype(np.int64))
-            cond = Cond(
-                torch.full((len(x_BT),), spec.bos, dtype=torch.int64, device=device),
-                None,
-                None if label_B is None else label_B.to(device),
-            )
+            these = slice(low, low + batch)
+            x_BT, cond = _rows(x_NT[these], None if label_N is None else label_N[these], spec=spec, device=device)
             out.append(-model(x_BT, cond=cond).double().cpu().numpy())
-        return np.concatenate(out)
-    finally:
-        model.train(was_training)
+    return np.concatenate(out)
 
 
 def _check(x_NT: np.ndarray, given_NT: np.ndarray, label_N: np.ndarray | None, *, count: int, spec: Spec) -> None:

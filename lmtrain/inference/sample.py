@@ -24,6 +24,7 @@ from torch import Tensor
 from lmtrain.config import Config
 from lmtrain.errors import ConfigError, DivergenceError, InputError
 from lmtrain.inference.reopen import Plan, Reopened
+from lmtrain.inference.resting import device_of, resting
 from lmtrain.protocol import Distribution, Model
 
 _BLOCK = 1024
@@ -120,7 +121,6 @@ def quantile(logp_BV: Tensor, noise_B: np.ndarray) -> Tensor:
     return torch.minimum(at_B1, last_B1)[:, 0]
 
 
-@torch.no_grad()
 def sample(
     model: Model,
     *,
@@ -146,21 +146,16 @@ def sample(
     """
     plan = _plan(model, config=config, context=context)
     prompt_N = _prompt(prompt_N, end=end, alphabet=alphabet)
-    first = next(model.parameters(), None)
-    place = torch.device(device) if device is not None else first.device if first is not None else torch.device("cpu")
-    was_training = model.training
-    model.eval()
-    try:
-        samples: list[Sample] = []
+    place = device_of(model) if device is None else torch.device(device)
+    samples: list[Sample] = []
+    with resting(model):
         for low in range(0, config.n, config.batch):
             numbers = range(low, min(low + config.batch, config.n))
             start_B = torch.full((len(numbers),), start, dtype=torch.int64, device=place)
             stream = Reopened(model, start_B=start_B, plan=plan)
             stream.read(torch.from_numpy(prompt_N).to(place).expand(len(numbers), -1))
             samples += _draw(stream, numbers, config=config, end=end, device=place, on_symbols=on_symbols)
-        return samples
-    finally:
-        model.train(was_training)
+    return samples
 
 
 def _plan(model: Model, *, config: SampleConfig, context: int | None) -> Plan | None:
@@ -211,7 +206,7 @@ def _draw(
             ahead = min(_BLOCK, config.max_symbols - t)
             noise_BR = np.stack([noise(config.seed, sample=i, start=t, count=ahead) for i in numbers])
         now = stream.distribution()
-        x_B = _choose(now, noise_BR[:, t % _BLOCK], config=config, device=device)
+        x_B = choose(now, noise_BR[:, t % _BLOCK], config=config, device=device)
         ln_p_B = now.log_prob(x_B).double().cpu().numpy()
         if not np.isfinite(ln_p_B[~ended_B]).all():
             raise DivergenceError(
@@ -238,7 +233,7 @@ def _draw(
     ]
 
 
-def _choose(now: Distribution, noise_B: np.ndarray, *, config: SampleConfig, device: torch.device) -> Tensor:
+def choose(now: Distribution, noise_B: np.ndarray, *, config: SampleConfig, device: torch.device) -> Tensor:
     """int64 [B] on the device."""
     if config.own:
         return now.sample(torch.from_numpy(noise_B).to(device))

@@ -22,6 +22,7 @@ from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.inference.cut import Cut, Documents, Sliding, Windows
 from lmtrain.inference.interval import bootstrap, group_of, groups
 from lmtrain.inference.reopen import Plan
+from lmtrain.inference.resting import device_of, resting
 from lmtrain.inference.result import Result
 from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split, Weights
 
@@ -122,25 +123,20 @@ def evaluate(
     _check(model, corpus, config=config, context=context)
     cut = _cut(split, config=config, context=context, masking=masking)
     tally = _Tally(split, corpus, cut)
-    place = _device(model) if device is None else torch.device(device)
+    place = device_of(model) if device is None else torch.device(device)
     total = cut.count(world)
     state: Any = None
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for number, call in enumerate(cut.calls(rank, world)):
-                batch = call.batch.to(place)
-                if config.mode == "carried":
-                    assert isinstance(model, Carries)
-                    logp_BT, state = model.carry(batch.x_BT, cond=batch.cond, state=None if call.fresh else state)
-                else:
-                    logp_BT = model(batch.x_BT, cond=batch.cond)
-                tally.add(call.batch, logp_BT)
-                if progress is not None:
-                    progress(number + 1, total)
-    finally:
-        model.train(was_training)
+    with resting(model):
+        for number, call in enumerate(cut.calls(rank, world)):
+            batch = call.batch.to(place)
+            if config.mode == "carried":
+                assert isinstance(model, Carries)
+                logp_BT, state = model.carry(batch.x_BT, cond=batch.cond, state=None if call.fresh else state)
+            else:
+                logp_BT = model(batch.x_BT, cond=batch.cond)
+            tally.add(call.batch, logp_BT)
+            if progress is not None:
+                progress(number + 1, total)
     sums_GJ = tally.sums_GJ if add is None else np.asarray(add(tally.sums_GJ.ravel())).reshape(tally.sums_GJ.shape)
     return _result(
         sums_GJ, tally, split=split, corpus=corpus, cut=cut, config=config, context=context, name=name, masking=masking

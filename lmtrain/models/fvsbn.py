@@ -20,11 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from lmtrain.models import ModelConfig
-from lmtrain.nn.embedding import SymbolMatrix
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.mixtures import Bernoulli, bernoulli_log_prob
 from lmtrain.nn.ordered import OrderedLinear
-from lmtrain.nn.records import Reading, check_records
-from lmtrain.nn.stream import CachedStream
+from lmtrain.nn.records import Reading, check_records, record_stream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
 
@@ -49,9 +48,7 @@ class FVSBN(Model):
         self.context = self.symbols = spec.context
         degree_1D = np.arange(1, spec.context + 1)[None]
         self.matrix = OrderedLinear(degree_1D, degree_1D, strict=True, std=0.0)
-        self.label_embed = (
-            SymbolMatrix(spec.labels, spec.context, alphabet=spec.labels, std=0.0) if config.conditional else None
-        )
+        self.label_embed = class_embedding(config.conditional, spec=spec, width=spec.context, std=0.0)
 
     def forward(
         self,
@@ -67,14 +64,14 @@ class FVSBN(Model):
             return self._next(state.unread(x_BT), cond, state)
         logit_BT = self.matrix(x_BT)
         if self.label_embed is not None:
-            logit_BT = logit_BT + self.label_embed(cond.label_B)
+            logit_BT = logit_BT + class_vectors(self.label_embed, cond)
         return bernoulli_log_prob(logit_BT, x_BT) if want == "logp" else logit_BT.float()
 
     def _next(self, x_Bn: Tensor, cond: Cond, state: Reading) -> Tensor:
         """Logits of all bits are kept as far as the bits read make them; each bit adds its column."""
         if state.sums is None:
             first_BD = self.matrix(x_Bn.new_zeros(len(x_Bn), self.symbols))
-            state.sums = (first_BD if self.label_embed is None else first_BD + self.label_embed(cond.label_B),)
+            state.sums = (first_BD if self.label_embed is None else first_BD + class_vectors(self.label_embed, cond),)
         end = state.place + x_Bn.shape[1]
         if end > state.place:
             state.sums = (state.sums[0] + self.matrix(x_Bn, inputs=slice(state.place, end)),)
@@ -92,12 +89,7 @@ class FVSBN(Model):
 
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream that keeps the sums of all bits' logits."""
-        state = Reading()
-
-        def read(in_Bn: Tensor) -> Distribution:
-            return Bernoulli(self(in_Bn, cond=cond, want="next", state=state))
-
-        return CachedStream(read, batch, cond=cond, context=self.context)
+        return record_stream(self, batch, cond=cond)
 
     def flops_per_symbol(self, context: int) -> float:
         """Training FLOPs a bit: 3 times the forward product, 2 an element of the square matrix."""

@@ -40,7 +40,7 @@ from lmtrain.nn.embedding import SymbolMatrix
 from lmtrain.nn.head import Categorical
 from lmtrain.nn.labels import given_labels, label_classes
 from lmtrain.nn.levels import level_inputs, level_params, levels_log_prob
-from lmtrain.nn.masked import CausalConv, MaskedConv, RowCache, down, groups, products
+from lmtrain.nn.masked import CausalConv, MaskedConv, RowCache, down, groups, need_centre, products
 from lmtrain.nn.pixelwise import pixel_stream
 from lmtrain.nn.raster import image_grid, planes
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
@@ -59,9 +59,7 @@ class Config(ModelConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        for key in ("first_kernel", "kernel"):
-            if getattr(self, key) % 2 == 0:
-                raise ValueError(f"{key} = {getattr(self, key)} is even; a masked window has a centre, use an odd one")
+        need_centre(first_kernel=self.first_kernel, kernel=self.kernel)
         return self
 
 

@@ -34,10 +34,10 @@ from lmtrain.errors import InputError
 from lmtrain.models import ModelConfig
 from lmtrain.nn.embedding import SymbolMatrix
 from lmtrain.nn.head import Categorical
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.mixtures import Bernoulli, bernoulli_log_prob
 from lmtrain.nn.ordered import OrderedLinear, degrees
-from lmtrain.nn.records import Reading, check_records
-from lmtrain.nn.stream import CachedStream
+from lmtrain.nn.records import Reading, check_records, record_stream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
 
@@ -92,7 +92,7 @@ class MADE(Model):
         self.label_embed_out = self._classes(spec, outer_MI.shape[1])
 
     def _classes(self, spec: Spec, width: int) -> SymbolMatrix | None:
-        return SymbolMatrix(spec.labels, width, alphabet=spec.labels, std=0.01) if self.config.conditional else None
+        return class_embedding(self.config.conditional, spec=spec, width=width, std=0.01)
 
     def forward(
         self,
@@ -120,12 +120,12 @@ class MADE(Model):
     def _outputs(self, h_BH: Tensor, cond: Cond, member: int | Tensor, outputs: slice | None) -> Tensor:
         """What the first layer's sums and the classes make of (some of) the outputs."""
         if self.label_embed is not None:
-            h_BH = h_BH + self.label_embed(cond.label_B)
+            h_BH = h_BH + class_vectors(self.label_embed, cond)
         for layer in self.layers[1:]:
             h_BH = layer(self._activated(h_BH), member=member)
         out_BO: Tensor = self.out(self._activated(h_BH), member=member, outputs=outputs)
         if self.label_embed_out is not None:
-            out_BO = out_BO + self.label_embed_out(cond.label_B)[:, outputs or slice(None)]
+            out_BO = out_BO + class_vectors(self.label_embed_out, cond)[:, outputs or slice(None)]
         return out_BO
 
     def _logits(self, x_BT: Tensor, cond: Cond, member: int | Tensor) -> Tensor:
@@ -174,12 +174,7 @@ class MADE(Model):
 
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream that keeps the first layer's sums: O(H) a symbol with one hidden layer."""
-        state = Reading()
-
-        def read(in_Bn: Tensor) -> Distribution:
-            return self.distribution(self(in_Bn, cond=cond, want="next", state=state))
-
-        return CachedStream(read, batch, cond=cond, context=self.context)
+        return record_stream(self, batch, cond=cond)
 
     def flops_per_symbol(self, context: int) -> float:
         """Training FLOPs a symbol: 3 times the forward products under one mask, masked elements counted."""

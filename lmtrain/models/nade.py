@@ -22,11 +22,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lmtrain.models import ModelConfig
-from lmtrain.nn.embedding import SymbolMatrix
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.mixtures import Bernoulli, bernoulli_log_prob
-from lmtrain.nn.records import Reading, check_records
+from lmtrain.nn.records import Reading, check_records, record_stream
 from lmtrain.nn.running import RunningHidden
-from lmtrain.nn.stream import CachedStream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
 
@@ -55,11 +54,7 @@ class NADE(Model):
         self.hidden = RunningHidden(
             spec.context, config.width, first_O=[0.0], activation="sigmoid", scaled=False, std=config.std
         )
-        self.label_embed = (
-            SymbolMatrix(spec.labels, config.width, alphabet=spec.labels, std=config.std)
-            if config.conditional
-            else None
-        )
+        self.label_embed = class_embedding(config.conditional, spec=spec, width=config.width, std=config.std)
 
     def forward(
         self,
@@ -70,7 +65,7 @@ class NADE(Model):
         state: Reading | None = None,
     ) -> Tensor:
         """logp_BT float32. want="logits": float32 [B, T]. want="next": [B], after the bits x and those in `state`."""
-        shift_BH = None if self.label_embed is None else self.label_embed(cond.label_B)
+        shift_BH = None if self.label_embed is None else class_vectors(self.label_embed, cond)
         if want == "next":
             assert state is not None
             return state.step(self.hidden, x_BT, shift_BH)[:, 0]
@@ -88,12 +83,7 @@ class NADE(Model):
 
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream that keeps the running sums: O(H) a bit."""
-        state = Reading()
-
-        def read(in_Bn: Tensor) -> Distribution:
-            return Bernoulli(self(in_Bn, cond=cond, want="next", state=state))
-
-        return CachedStream(read, batch, cond=cond, context=self.context)
+        return record_stream(self, batch, cond=cond)
 
     def flops_per_symbol(self, context: int) -> float:
         """Training FLOPs a bit: 3 times the forward pass, which reads W_d once and V_d once."""

@@ -28,11 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from lmtrain.errors import ConfigError
 from lmtrain.models import ModelConfig
 from lmtrain.nn.counting import without
-from lmtrain.nn.embedding import SymbolMatrix
 from lmtrain.nn.head import Categorical
-from lmtrain.nn.labels import given_labels, label_classes
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.levels import level_inputs, level_params, levels_log_prob
-from lmtrain.nn.masked import MaskedConv, RowCache, groups, products
+from lmtrain.nn.masked import MaskedConv, RowCache, groups, need_centre, products
 from lmtrain.nn.pixelwise import pixel_stream
 from lmtrain.nn.raster import image_grid, planes
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
@@ -51,9 +50,7 @@ class Config(ModelConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        for key in ("first_kernel", "kernel"):
-            if getattr(self, key) % 2 == 0:
-                raise ValueError(f"{key} = {getattr(self, key)} is even; a masked window has a centre, use an odd one")
+        need_centre(first_kernel=self.first_kernel, kernel=self.kernel)
         if self.width % 2:
             raise ValueError(f"width = {self.width} is odd; blocks have half of it inside, use an even one")
         return self
@@ -98,8 +95,7 @@ class PixelCNN(Model):
                 f"model.width = {config.width} and model.head_width = {config.head_width} leave a channel of {C} "
                 f"without feature maps; use {2 * C} and {C} or more"
             )
-        classes = label_classes(spec, conditional=config.conditional)
-        self.label_embed = SymbolMatrix(classes, config.width, alphabet=classes, std=0.1) if classes else None
+        self.label_embed = class_embedding(config.conditional, spec=spec, width=config.width, std=0.1)
         a = config.first_kernel // 2
         inner, head = groups(config.width, C), groups(config.head_width, C)
         pixel = torch.cat([torch.arange(C), torch.tensor([-1])])
@@ -132,7 +128,7 @@ class PixelCNN(Model):
 
     def _layers(self, h_BFHW: Tensor, cond: Cond, cache: RowCache | None) -> Tensor:
         if self.label_embed is not None:
-            h_BFHW = h_BFHW + self.label_embed(given_labels(cond))[:, :, None, None]
+            h_BFHW = h_BFHW + class_vectors(self.label_embed, cond)[:, :, None, None]
         recompute = self._checkpointed and self.training and torch.is_grad_enabled()
         for block in self.blocks:
             h_BFHW = checkpoint(block, h_BFHW, use_reentrant=False) if recompute else block(h_BFHW, cache)

@@ -28,11 +28,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lmtrain.models import ModelConfig
-from lmtrain.nn.embedding import SymbolMatrix
+from lmtrain.nn.labels import class_embedding, class_vectors
 from lmtrain.nn.mixtures import Gaussians, Logistics, gaussians_log_prob, logistics_log_prob
-from lmtrain.nn.records import Reading, check_records
+from lmtrain.nn.records import Reading, check_records, record_stream
 from lmtrain.nn.running import RunningHidden
-from lmtrain.nn.stream import CachedStream
 from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
 
@@ -65,11 +64,7 @@ class RNADE(Model):
         self.hidden = RunningHidden(
             spec.context, config.width, first_O=first_O, activation="relu", scaled=True, std=config.std
         )
-        self.label_embed = (
-            SymbolMatrix(spec.labels, config.width, alphabet=spec.labels, std=config.std)
-            if config.conditional
-            else None
-        )
+        self.label_embed = class_embedding(config.conditional, spec=spec, width=config.width, std=config.std)
 
     def forward(
         self,
@@ -81,7 +76,7 @@ class RNADE(Model):
     ) -> Tensor:
         """logp_BT float32, of densities. want="mixtures": float32 [B, T, K, 3]. want="next": [B, K, 3], after the
         numbers x and those in `state`."""
-        shift_BH = None if self.label_embed is None else self.label_embed(cond.label_B)
+        shift_BH = None if self.label_embed is None else class_vectors(self.label_embed, cond)
         if want == "next":
             assert state is not None
             return state.step(self.hidden, x_BT, shift_BH).view(len(x_BT), -1, 3)
@@ -102,12 +97,7 @@ class RNADE(Model):
 
     def stream(self, batch: int, *, cond: Cond) -> Stream:
         """A stream that keeps the running sums: O(H K) a number."""
-        state = Reading()
-
-        def read(in_Bn: Tensor) -> Distribution:
-            return self.distribution(self(in_Bn, cond=cond, want="next", state=state))
-
-        return CachedStream(read, batch, cond=cond, context=self.context)
+        return record_stream(self, batch, cond=cond)
 
     def flops_per_symbol(self, context: int) -> float:
         """Training FLOPs a number: 3 times the forward pass, which reads W_d once and V_d's 3 K rows once."""

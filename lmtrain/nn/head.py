@@ -12,34 +12,31 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lmtrain.nn.precision import at_least_float32
 from lmtrain.protocol import Distribution
 
 CHUNK = 2**24
 """Logits held at a time, in elements (64 MiB of float32)."""
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _operands(h_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
     """Both of one dtype; on the CPU, where half-precision products are slow, a wide one."""
-    if h_ND.dtype == weight_VD.dtype and (h_ND.is_cuda or h_ND.dtype == _wide(h_ND.dtype)):
+    if h_ND.dtype == weight_VD.dtype and (h_ND.is_cuda or h_ND.dtype == at_least_float32(h_ND.dtype)):
         return h_ND, weight_VD
-    wide = _wide(torch.promote_types(h_ND.dtype, weight_VD.dtype))
+    wide = at_least_float32(torch.promote_types(h_ND.dtype, weight_VD.dtype))
     return h_ND.to(wide), weight_VD.to(wide)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of two equal dtypes, accumulated and returned in float32 or wider."""
-    if a.dtype == _wide(a.dtype):
+    if a.dtype == at_least_float32(a.dtype):
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32)  # CUDA: the sums are float32 anyway, this keeps them
 
 
 def logits(h: Tensor, weight_RD: Tensor, *, alphabet: int) -> Tensor:
     """[..., V] unnormalised log-probabilities, float32 or wider, of `h` [..., D]."""
-    wide = _wide(torch.promote_types(h.dtype, weight_RD.dtype))
+    wide = at_least_float32(torch.promote_types(h.dtype, weight_RD.dtype))
     with torch.autocast(h.device.type, enabled=False):
         return torch.nn.functional.linear(h.to(wide), weight_RD[:alphabet].to(wide))
 
@@ -65,7 +62,7 @@ class _LogProb(torch.autograd.Function):
         keep = rows >= N and any(ctx.needs_input_grad[:2])
         with torch.autocast(h_ND.device.type, enabled=False):
             a_ND, w_VD = _operands(h_ND, weight_RD[:alphabet])
-            out_N = torch.empty(N, dtype=_wide(a_ND.dtype), device=h_ND.device)
+            out_N = torch.empty(N, dtype=at_least_float32(a_ND.dtype), device=h_ND.device)
             top_N, total_N = torch.empty_like(out_N), torch.empty_like(out_N)
             kept_NV = None
             for at in range(0, N, rows):
@@ -90,7 +87,7 @@ class _LogProb(torch.autograd.Function):
         with torch.autocast(h_ND.device.type, enabled=False):
             a_ND, w_VD = _operands(h_ND, weight_RD[:alphabet])
             dh_ND = torch.empty_like(a_ND)
-            dw_RD = torch.zeros(weight_RD.shape, dtype=_wide(a_ND.dtype), device=h_ND.device)
+            dw_RD = torch.zeros(weight_RD.shape, dtype=at_least_float32(a_ND.dtype), device=h_ND.device)
             for at in range(0, N, rows):
                 piece = slice(at, at + rows)
                 g_n1 = grad_N[piece, None]

@@ -25,6 +25,13 @@ from torch import Tensor, nn
 from lmtrain.nn.initial import normal_
 
 
+def need_centre(**sizes: int) -> None:
+    """ValueError naming a kernel size that is even."""
+    for key, size in sizes.items():
+        if size % 2 == 0:
+            raise ValueError(f"{key} = {size} is even; a masked window has a centre, use an odd one")
+
+
 def groups(width: int, channels: int) -> Tensor:
     """int64 [width]: the channel of the pixel (R = 0, G = 1, B = 2) that each of `width` feature maps belongs to [1].
 

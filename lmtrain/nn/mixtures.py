@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.errors import InputError
+from lmtrain.nn.precision import at_least_float32
 from lmtrain.protocol import Distribution
 
 WIDEST = 20.0
@@ -28,20 +29,16 @@ _HALVINGS = 128
 _LEAST = 2.0**-54
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _parts(params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalised log-weights, means, log-scales: [..., K] each, float32 or wider."""
-    wide = params.to(_wide(params.dtype))
+    wide = params.to(at_least_float32(params.dtype))
     log_weight, mean, log_scale = wide.unbind(dim=-1)
     return torch.log_softmax(log_weight, dim=-1), mean, log_scale.clamp(-WIDEST, WIDEST)
 
 
 def bernoulli_log_prob(logit: Tensor, x: Tensor) -> Tensor:
     """[...] log p(x) in nats of bits x [...], where sigmoid(logit) is the probability of a 1."""
-    wide = logit.to(_wide(logit.dtype))
+    wide = logit.to(at_least_float32(logit.dtype))
     return F.logsigmoid(torch.where(x.bool(), wide, -wide))
 
 
@@ -100,7 +97,7 @@ def pixel_chain(params: Tensor, x: Tensor, *, levels: int) -> Tensor:
     """
     C = x.shape[-1]
     assert params.shape[-1] == 1 + 2 * C + C * (C - 1) // 2, "weights, means, scales and coefficients of each channel"
-    wide = params.to(_wide(params.dtype))
+    wide = params.to(at_least_float32(params.dtype))
     log_weight = torch.log_softmax(wide[..., 0], dim=-1)
     coefficient = torch.tanh(wide[..., 1 + 2 * C :])
     level = x.to(wide.dtype)
@@ -122,7 +119,7 @@ class Bernoulli(Distribution):
     """A bit, of its logit [B]."""
 
     def __init__(self, logit_B: Tensor) -> None:
-        self._logit_B = logit_B.detach().to(_wide(logit_B.dtype))
+        self._logit_B = logit_B.detach().to(at_least_float32(logit_B.dtype))
 
     def log_pmf(self) -> Tensor:
         """float32 [B, 2]: log-probability of 0 and of 1."""
@@ -216,7 +213,7 @@ class _Mixture(Distribution):
             low_B = torch.where(reached_B, low_B, middle_B)
             if bool((torch.nextafter(low_B, high_B) >= high_B).all()):
                 break
-        return high_B.to(_wide(self._params_BK3.dtype))
+        return high_B.to(at_least_float32(self._params_BK3.dtype))
 
 
 class Gaussians(_Mixture):

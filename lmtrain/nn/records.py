@@ -9,7 +9,8 @@ from torch import Tensor
 from lmtrain.errors import ConfigError
 from lmtrain.nn.labels import label_classes
 from lmtrain.nn.running import RunningHidden
-from lmtrain.protocol import Spec
+from lmtrain.nn.stream import CachedStream
+from lmtrain.protocol import Cond, Distribution, Model, Spec, Stream
 
 
 @dataclass(slots=True)
@@ -36,6 +37,16 @@ class Reading:
         self.sums = (sums_BH,)
         out: Tensor = out_BO
         return out
+
+
+def record_stream(model: Model, batch: int, *, cond: Cond) -> Stream:
+    """A stream of a model that answers `want="next"` from what it keeps in a `Reading`."""
+    state = Reading()
+
+    def read(in_Bn: Tensor) -> Distribution:
+        return model.distribution(model(in_Bn, cond=cond, want="next", state=state))
+
+    return CachedStream(read, batch, cond=cond, context=model.context)
 
 
 def check_records(spec: Spec, *, kind: str, reads: str, conditional: bool) -> None:

@@ -20,15 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lmtrain.nn.initial import normal_
+from lmtrain.nn.precision import at_least_float32
 
 CHUNK = 2**22
 """Hidden units held at a time, in elements (16 MiB of float32)."""
 
 Activation = Literal["sigmoid", "relu"]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _units(z: Tensor, activation: Activation) -> Tensor:
@@ -48,7 +45,7 @@ class _Running(torch.autograd.Function):
         ctx: Any, x_BD: Tensor, first_BH: Tensor, w_DH: Tensor, v_DOH: Tensor, b_DO: Tensor, rho_D: Tensor | None,
         activation: Activation, n: int,
     ) -> Tensor:  # fmt: skip
-        wide = _wide(w_DH.dtype)
+        wide = at_least_float32(w_DH.dtype)
         a_BH, sums, out = first_BH.to(wide), [], []
         for at in range(0, x_BD.shape[1], n):
             sums.append(a_BH)
@@ -130,7 +127,7 @@ class RunningHidden(nn.Module):
         With `place` one step of a stream: x are the n symbols before it, read after `sums_BH` (None: nothing was read).
         The answer is (the sums behind them, [B, O] the outputs at `place`).
         """
-        wide = _wide(self.weight.dtype)
+        wide = at_least_float32(self.weight.dtype)
         first_BH = self.bias.to(wide) if shift_BH is None else self.bias.to(wide) + shift_BH.to(wide)
         first_BH = first_BH.expand(len(x_Bn), -1)
         b_DO = self.out_bias.view(len(self.out_weight), -1)
