@@ -1,0 +1,1 @@
+"""What exact likelihood is good for: files without loss, scores, anomalies, divergence, cross-validation."""
