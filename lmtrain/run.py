@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import os
+import secrets
 import socket
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -15,17 +17,20 @@ from typing import Any
 import torch
 
 from lmtrain import engine as engines
-from lmtrain import hardware, models, stopping
+from lmtrain import hardware, models, section, stopping
 from lmtrain.checkpoint import Checkpoints
+from lmtrain.checkpoint.ranks import share, tell
 from lmtrain.config import dump
 from lmtrain.corpora import bytes_per_symbol, corpora_for, fit_of, say, seen, spec_of
 from lmtrain.data.loader import Loader, compare_order
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError
 from lmtrain.fleet import Fleet
 from lmtrain.heldout import evaluate_sets, log_samples
+from lmtrain.lifeline import PATIENCE, Lifeline, collectives_timeout
 from lmtrain.profiling import Profile
 from lmtrain.protocol import Corpus, Engine, Model, Place
 from lmtrain.schema import RunConfig, need_train
+from lmtrain.starters import Starters
 from lmtrain.tracker import Tracker
 from lmtrain.train import Parts, ending, train
 from lmtrain.train import Progress as Standing
@@ -33,22 +38,44 @@ from lmtrain.train import Progress as Standing
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+_SHARED_SECONDS = 3.0
+"""How long a file that rank 0 wrote may take to be seen by all hosts."""
 
 
 def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]) -> int:
     """Train as `config` says, at `place` among the ranks. Returns the exit code: 0, or EXIT_STOPPED."""
+    need_train(config)
+    if place.world == 1:
+        return _train_run(config, place, environment=environment)
+    stopping.die_with_parent()
+    with tied(place, timeout=config.engine.timeout):
+        return _train_run(config, place, environment=environment)
+
+
+def tied(place: Place, *, timeout: float) -> Lifeline:
+    """Tie this rank to the others and to those who started it. A pipe that nobody reads any more ends nothing."""
+    stopping.outlive_readers()
+    listener, where, token = engines.channel(place, timeout=max(timeout, PATIENCE))
+    look = Starters().look
+    return Lifeline(
+        place.rank, place.world, where=where, token=token, listener=listener, timeout=timeout, each_beat=look
+    )
+
+
+def _train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]) -> int:
     train_config, model_config = need_train(config)
     threads = set_threads(place, environment)
-    if place.world > 1:
-        stopping.die_with_parent()
+    section.enter("corpus")
     config, corpora = seen(config, corpora_for(config, place), stored=stored_fit(config))
     loader = Loader(corpora, config.data, seed=train_config.seed)
     micro_batch, accumulation = config.data.layout(place.world)
     spec = spec_of(corpora[0], config)
+    section.enter("model and engine")
     torch.manual_seed(train_config.seed)
     model = models.build(model_config, spec)
+    allowed = collectives_timeout(config.engine.timeout)
     engine = engines.make(
-        config.engine,
+        config.engine.model_copy(update={"timeout": allowed}),
         model,
         optimizer=config.optimizer,
         place=place,
@@ -71,6 +98,7 @@ def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]
         stops = stopping.Stop(config.folder)
         profile = Profile(config.profile, config.folder, note=say)
         with owned(config.folder, engine), closing(store):
+            require_shared(config.folder, engine)
             standing = resume(config, store, engine, identity=identity, layout=layout)
             store.prepare(engine)
             source = loader.prefetching()
@@ -172,6 +200,29 @@ def owned(folder: Path, engine: Engine) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.close()
+
+
+def require_shared(folder: Path, engine: Engine) -> None:
+    """Refuse a run folder that some host has for itself: it would resume from nothing, and its fragments be missed."""
+    if engine.world == 1:
+        return
+    mark = tell(engine, (secrets.randbits(50),))[0]
+    path = folder / f".shared-{mark:x}"
+    if engine.rank == 0:
+        path.touch()
+    engine.agree(0)
+    until = time.monotonic() + _SHARED_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.1)  # network file systems may remember for a while that it was not there
+    blind = share(engine, "" if seen else socket.gethostname())
+    if engine.rank == 0:
+        path.unlink(missing_ok=True)
+    if any(blind):
+        hosts = ", ".join(sorted({host for host in blind if host}))
+        raise ConfigError(
+            f"{folder} is not shared: {hosts} does not see what rank 0 writes there; "
+            "put run.dir on a file system that all hosts mount at the same path"
+        )
 
 
 def resume(

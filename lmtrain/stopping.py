@@ -5,7 +5,9 @@ A handler that saved would deadlock: launchers signal the ranks one after the ot
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import os
 import signal
 import sys
@@ -64,6 +66,40 @@ class Stop:
             self._flag = max(self._flag, 1)
         agreed = engine.agree(self._flag)
         return REASONS[agreed] if agreed else None
+
+
+def outlive_readers() -> None:
+    """Let stdout and stderr lose their readers: a launcher that ended must not keep a rank from saving."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _Outliving(stream))
+
+
+class _Outliving(io.TextIOBase):
+    """A text stream that drops what cannot be written any more."""
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:

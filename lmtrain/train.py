@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, model_validator
 
+from lmtrain import section
 from lmtrain.config import Config
 from lmtrain.errors import DivergenceError
 from lmtrain.protocol import Batch, Engine, Score
@@ -175,10 +176,12 @@ def train(parts: Parts, config: TrainConfig, progress: Progress) -> tuple[Progre
     engine, at = parts.engine, progress
 
     def save(*, best: bool, wait: bool) -> None:
+        section.enter(f"checkpoint of step {at.step}")
         parts.store.save(engine, step=at.step, state={**parts.state, "progress": at.to_json()}, best=best, wait=wait)
 
     over = at.step >= parts.steps or config.out_of_patience(at)
     while not over:
+        section.enter(f"batch of step {at.step + 1}")
         began = time.perf_counter()
         batches = parts.source.batch(at.step, engine.rank, engine.world)
         weight = parts.source.total_weight(at.step)
@@ -254,6 +257,7 @@ def digest(batches: Sequence[Batch]) -> str:
 
 def _evaluate(parts: Parts, at: Progress, config: TrainConfig) -> tuple[Progress, bool]:
     """Evaluate every set; the first one decides which checkpoint is the best, and whether it goes on."""
+    section.enter(f"evaluation after step {at.step}")
     results = parts.evaluate()
     for name, result in results.items():
         parts.watcher.log_eval(name, result, step=at.step, tokens=at.tokens)

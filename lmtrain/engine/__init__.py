@@ -5,11 +5,21 @@ from __future__ import annotations
 from lmtrain.engine.ds_config import deepspeed_json, untested
 from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.engine.plain import PlainEngine
+from lmtrain.engine.rendezvous import channel
 from lmtrain.engine.schedule import ScheduleConfig, rate
 from lmtrain.engine.settings import EngineConfig
 from lmtrain.protocol import Engine, Model, Place
 
-__all__ = ["EngineConfig", "OptimizerConfig", "ScheduleConfig", "deepspeed_json", "make", "rate", "untested"]
+__all__ = [
+    "EngineConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "channel",
+    "deepspeed_json",
+    "make",
+    "rate",
+    "untested",
+]
 
 
 def make(

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from lmtrain import section
+
 COLLECTIVES = (
     "all_gather",
     "all_gather_base",
@@ -47,7 +49,8 @@ class Clock:
         """What happens inside counts, by the clock on the wall."""
         began = time.perf_counter()
         try:
-            yield
+            with section.waiting():
+                yield
         finally:
             self._seconds += time.perf_counter() - began
 

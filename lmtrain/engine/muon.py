@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lmtrain.engine.communication import CLOCK
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -113,7 +115,8 @@ class Layout:
     def _exchange(self, send: list[Tensor], sizes: list[int], like: Tensor) -> Tensor:
         lengths = [int(x.numel()) for x in send]
         received = like.new_empty(sum(sizes))
-        dist.all_to_all_single(received, torch.cat(send), sizes, lengths, group=self.group)
+        with CLOCK.running():
+            dist.all_to_all_single(received, torch.cat(send), sizes, lengths, group=self.group)
         return received
 
     def _gather(self, flat: Tensor) -> dict[int, Tensor]:

@@ -32,7 +32,9 @@ class EngineConfig(Config):
         False, description="recompute activations in the backward pass: true = whole blocks, or that part of each alone"
     )
     compile: bool = Field(False, description="torch.compile the model")
-    timeout: float = Field(600.0, gt=0, description="seconds after which a collective that a rank misses fails")
+    timeout: float = Field(
+        600.0, gt=0, description="seconds that a rank may keep others waiting; then it is named and all end"
+    )
     deepspeed: str | dict[str, Any] | None = Field(
         None, description="more keys for DeepSpeed: inline, or the path of a ds_config.json"
     )

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lmtrain import section
 from lmtrain.engine import averaging, communication, microbatch, nvme, optimizer, pieces, rendezvous, stages
 from lmtrain.engine.ds_config import deepspeed_json
 from lmtrain.engine.optimizer import OptimizerConfig
@@ -110,6 +111,7 @@ class ZeroEngine:
 
     def step(self, batches: Sequence[Batch], *, total_weight: float, lr: float, step: int) -> StepReport:
         """One optimizer step; see protocol.Engine."""
+        section.enter(f"step {step + 1}")
         self.engine.train()
         nats = microbatch.Nats()
         for i, given in enumerate(batches):
@@ -130,6 +132,7 @@ class ZeroEngine:
             self.average.update()
         self.optimizer_steps += applied
         self.skipped_steps += not applied
+        section.begin()
         return StepReport(nats=total, weight=total_weight, grad_norm=scaled / scale, applied=applied, loss_scale=scale)
 
     def _agree_on(self, nats: float, norm: float) -> tuple[float, float]:
