@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import statistics
 import time
 
 import pytest
@@ -97,7 +98,23 @@ DEEDS = {
     "SIGTERM to the launcher": (lambda c, f: twice(runner(c)), []),
     "SIGTERM to a rank": (lambda c, f: twice(c.rank(1).pid), []),
 }
+TIMES: dict[str, list[tuple[float, float]]] = {}
+"""For each deed, in every round: the seconds until it was told, and until everything had ended."""
 GRACEFUL = {"kill the launcher", "kill a launcher of many", "SIGTERM to the launcher", "SIGTERM to a rank"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    """Printed at the end (`-s`)."""
+    yield
+    for what, times in TIMES.items():
+        told, over = (
+            f"{min(one):5.1f} {statistics.median(one):5.1f} {max(one):5.1f}" for one in zip(*times, strict=True)
+        )
+        print(
+            f"\n{what:24} {len(times):2} rounds; told after (min, median, max, s) {told}; everything ended {over}",
+            end="",
+        )
 
 
 def ended(cluster, job):
@@ -122,6 +139,7 @@ def disturb(cluster, folder, what, name, *, timeout=TIMEOUT):
         time.sleep(0.05)
     over = time.monotonic() - began
     seconds, text = over if named is None else named, job.text()
+    TIMES.setdefault(what, []).append((seconds, over))
     print(f"{what}: told after {seconds:.1f} s, everything ended after {over:.1f} s, time-out {timeout:g} s")
     for words in wanted:
         assert words in text, f"{what}: {words!r} is not in\n{text[-8000:]}"
