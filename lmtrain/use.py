@@ -23,7 +23,8 @@ from lmtrain.inference import sample as sampling
 from lmtrain.inference import score
 from lmtrain.inference.result import Result
 from lmtrain.protocol import Corpus, Model, Place, Split, Weights
-from lmtrain.run import CHECKPOINTS, CONFIG, set_threads
+from lmtrain.run import set_threads
+from lmtrain.runfolder import CHECKPOINTS, CONFIG
 from lmtrain.schema import RunConfig, need_model
 
 

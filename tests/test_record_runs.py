@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lmtrain import corpora, run, schema, use
+from lmtrain import corpora, run, runfolder, schema, use
 from lmtrain import engine as engines
 from lmtrain.checkpoint import Checkpoints
 from lmtrain.config import build
@@ -133,7 +133,7 @@ def test_what_a_run_fitted_is_taken_from_its_checkpoint(tmp_path: Path) -> None:
     prepare(build(PrepareConfig, {"source": {"kind": "wine"}}, where="prepare"), tmp_path / "wine")
     data = {"corpus": str(tmp_path / "wine"), "view": {"standardise": True}}
     config = schema.load(written(tmp_path, prepare=None, data=data))
-    assert run.stored_fit(config) is None, "a new run"
+    assert runfolder.stored_fit(config) is None, "a new run"
     resolved, (view,) = corpora.seen(config, [open_corpus(tmp_path / "wine")])
     assert resolved.data.context == 13
     fitted = corpora.fit_of(view)
@@ -142,14 +142,14 @@ def test_what_a_run_fitted_is_taken_from_its_checkpoint(tmp_path: Path) -> None:
 
     changed = {"mean": [0.0] * 13, "std": [2.0] * 13}
     parameters = torch.nn.Linear(1, 1)
-    store = Checkpoints(config.folder / run.CHECKPOINTS, config.checkpoint, note=print)
+    store = Checkpoints(config.folder / runfolder.CHECKPOINTS, config.checkpoint, note=print)
     engine = engines.make(
         config.engine, parameters, optimizer=config.optimizer, place=ALONE, micro_batch=1, accumulation=1, seed=0
     )
     store.prepare(engine)
     store.save(engine, step=1, state={"fit": changed})
     store.close()
-    stored = run.stored_fit(config)
+    stored = runfolder.stored_fit(config)
     assert stored == changed
     _, (again,) = corpora.seen(config, [open_corpus(tmp_path / "wine")], stored=stored)
     x = again.split("valid").fetch(np.arange(4), 13).x_BT.numpy()

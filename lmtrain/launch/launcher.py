@@ -21,7 +21,7 @@ from lmtrain.launch import checks, command, hostfile, probe, variables
 from lmtrain.launch.hostfile import Host
 from lmtrain.launch.job import Job
 from lmtrain.launch.ssh import Answer, Reach, is_here
-from lmtrain.run import CHECKPOINTS, CONFIG
+from lmtrain.runfolder import CHECKPOINTS, CONFIG
 from lmtrain.schema import RunConfig, load, need_train
 from lmtrain.stopping import STOP_FILE
 

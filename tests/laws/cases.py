@@ -69,7 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "kind": "gated_pixelcnn", "layers": 2, "width": 8, "head_width": 12, "first_kernel": 3,
     }},
     "pixelcnn_pp-classes": {"alphabet": 4, "grid": [2, 2, 1], "labels": 2, "model": {
-        "kind": "pixelcnn_pp", "scales": 2, "layers": 1, "width": 12, "components": 4, "dropout": 0.0, "conditional": True
+        "kind": "pixelcnn_pp", "scales": 2, "layers": 1, "width": 12, "components": 4, "dropout": 0.0,
+        "conditional": True,
     }},
     "gpt-conditional": {"alphabet": 3, "grid": [1, 2, 3], "labels": 2, "model": {
         "kind": "gpt", "layers": 2, "width": 16, "heads": 2, "positions": "learned", "conditional": True
