@@ -16,7 +16,8 @@ from typing import NamedTuple
 class Section(NamedTuple):
     """`moves`: sections entered, waits begun and waits ended so far. `since`: monotonic time of the last, in seconds.
 
-    waits: in a call that returns when other ranks have come. torn: the last such call failed.
+    waits: in a call that returns when other ranks have come. torn: the last such call failed,
+    as it does when another rank has ended.
     begun: the first optimizer step is done, so what follows takes about as long as it did before.
     """
 
@@ -50,8 +51,9 @@ def waiting() -> Iterator[None]:
     _move(waits=True, torn=False)
     try:
         yield
-    except BaseException:
-        _move(waits=False, torn=True)
+    except BaseException as error:
+        # What a collective raises is a RuntimeError; anything else came from this rank itself, a signal's handler say.
+        _move(waits=False, torn=isinstance(error, RuntimeError))
         raise
     _move(waits=False)
 
