@@ -105,6 +105,12 @@ Starter = Callable[..., Job]
 STARTERS: dict[str, Starter] = {"pdsh": pdsh, "no_ssh": no_ssh, "torchrun": torchrun}
 
 
+def saved(folder: Path) -> int:
+    """The step of a run's newest checkpoint that is in its place, 0 for none."""
+    names = (path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def rows(folder: Path, kind: str = "train") -> dict[int, dict[str, Any]]:
     """Rows of a run's metrics by step; those that were written whole."""
     try:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.cluster.jobs import pdsh, rows
+from tests.cluster.jobs import pdsh, rows, saved
 from tests.house import config, lmtrain
 
 STEPS = 60
@@ -25,10 +25,6 @@ def start(cluster, folder, name, stage):
     return pdsh(cluster, folder, name, folder / "tiny.yaml", *arguments)
 
 
-def checkpoints(folder, name):
-    return [path.name for path in (folder / "runs" / name / "checkpoints").glob("step-*")]
-
-
 def assert_as_plain(folder, name):
     """Every step's loss and weight of symbols are the plain engine's: so every step read the same samples."""
     plain, other = rows(folder / "runs" / "plain"), rows(folder / "runs" / name)
@@ -44,7 +40,7 @@ def assert_as_plain(folder, name):
 def test_three_hosts_then_two_train_on_the_same_samples(hosts, folder, stage):
     three, name = hosts(3), f"fewer{stage}"
     job = start(three, folder, name, stage)
-    job.until(lambda: checkpoints(folder, name), "a checkpoint")
+    job.until(lambda: saved(folder / "runs" / name), "a checkpoint")
     three.kill(2)
     assert job.wait() != [0]
     assert "rank 2 of 3 on node2" in job.text(), job.text()[-6000:]

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.cluster import nodes
-from tests.cluster.jobs import no_ssh, pdsh, rows
+from tests.cluster.jobs import no_ssh, pdsh, rows, saved
 from tests.house import config
 
 TIMEOUT = 5.0
@@ -42,17 +42,11 @@ def start(cluster, folder, name, log="", *, timeout=TIMEOUT, by=pdsh):
     return by(cluster, folder, f"{name}{log}", folder / "tiny.yaml", *arguments)
 
 
-def saved(folder, name):
-    """The step of the newest checkpoint, 0 for none."""
-    found = (folder / "runs" / name / "checkpoints").glob("step-*")
-    return max((int(path.name.split("-")[1]) for path in found if path.name.split("-")[1].isdigit()), default=0)
-
-
 def go_on(cluster, folder, name, log, **more):
     """Start the run, and wait until it has got further than it was. The job, and the newest step saved before."""
-    before = saved(folder, name)
+    before = saved(folder / "runs" / name)
     job = start(cluster, folder, name, log, **more)
-    job.until(lambda: saved(folder, name) > before, "a checkpoint")
+    job.until(lambda: saved(folder / "runs" / name) > before, "a checkpoint")
     return job, before
 
 
@@ -161,7 +155,7 @@ def disturb(cluster, folder, what, name, *, timeout=TIMEOUT):
     if what in GRACEFUL:
         (last,) = finished(folder, name, before)
         assert last["stopped"] == "SIGTERM", "it was over before it was asked"
-        assert saved(folder, name) == max(rows(folder / "runs" / name)), text[-4000:]
+        assert saved(folder / "runs" / name) == max(rows(folder / "runs" / name)), text[-4000:]
 
 
 def finished(folder, name, after):
