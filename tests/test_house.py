@@ -52,6 +52,7 @@ DOORS = {
     "sklearn": {"data/embedded.py"},
     "mlxtend": {"data/embedded.py"},
     "PIL": {"data/images.py"},
+    "brotli": {"likelihood/rivals.py"},
     "constriction": set(),
     "transformers": set(),
 }

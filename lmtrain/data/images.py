@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,27 @@ def decode(data: bytes, *, channels: int | None, where: str) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CorpusError(f"{where} cannot be decoded: {error}") from None
     return pixels.reshape(pixels.shape[0], pixels.shape[1], wide)
+
+
+def exact(data: bytes, *, where: str) -> np.ndarray:
+    """uint8 [H, W, C] of an image file none of whose values is changed on the way: black and white, grey, RGB, palette.
+
+    CorpusError for what is no image, and for transparency or more than a byte a value.
+    """
+    from PIL import Image
+
+    with (
+        contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
+        Image.open(io.BytesIO(data)) as image,
+    ):
+        if image.mode not in ("1", "L", "P", "RGB") or "transparency" in image.info:
+            raise CorpusError(
+                f"{where} has pixels of kind {image.mode}{' with transparency' * ('transparency' in image.info)}; "
+                "grey or RGB of a byte a value can be kept"
+            )
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            raise CorpusError(f"{where} holds {frames} pictures; give one at a time")
+    return decode(data, channels=None, where=where)
 
 
 def encode(pixels_HWC: np.ndarray) -> bytes:
