@@ -78,14 +78,15 @@ def histogram(
     *,
     title: str = "",
     x_label: str = "",
-    bins: int = 60,
+    bins: int | None = None,
     spread: float = 0.995,
     marks: Mapping[str, float] | None = None,
 ) -> None:
     """Several sets against each other in common bins, each as shares of its own set (they sum to 1).
 
-    spread: bins reach from the least to the largest `spread` quantile of the sets; what lies beyond is counted in the
-    outermost bin, so that one outlier does not flatten the picture. marks: vertical lines, by name.
+    bins: default 12 to 60, two times the cube root of the smallest set (Rice's rule). spread: bins reach from the least
+    to the largest `spread` quantile of the sets; what lies beyond is counted in the outermost bin, so that one outlier
+    does not flatten the picture. marks: vertical lines, by name.
     Raises InputError for an empty set, or one with values that are not finite.
     """
     if not sets:
@@ -98,6 +99,8 @@ def histogram(
     high = max(float(np.quantile(value_N, spread)) for value_N in held.values())
     if not high > low:
         low, high = low - 0.5, high + 0.5
+    if bins is None:
+        bins = round(min(max(2 * min(map(len, held.values())) ** (1 / 3), 12), 60))
     edges = np.linspace(low, high, bins + 1)
     figure, (axis,) = _figure(1, "")
     for number, (name, value_N) in enumerate(held.items()):
