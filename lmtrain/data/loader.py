@@ -22,7 +22,7 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from lmtrain.config import Config
-from lmtrain.data import order
+from lmtrain.data import order, transforms
 from lmtrain.data.rows import PreparedSplit, Rows
 from lmtrain.data.shelf import RemoteConfig
 from lmtrain.data.view import TRAINING, View, ViewConfig, ViewSplit
@@ -183,8 +183,16 @@ class Loader:
                 for corpus, weight in zip(corpora, self._mixture.weights_C, strict=True)
             ],
         }
-        if self._view is not None:
-            self._record["data.view"] = config.view.model_dump(mode="json", exclude={"seed"})
+        self._alphabet = corpora[0].alphabet
+        if config.view.corrupt and not self._alphabet:
+            raise ConfigError(
+                f"data.view.corrupt = {config.view.corrupt:g} draws symbols, and {corpora[0].path} gives real "
+                "numbers to the model; leave it out"
+            )
+        if self._view is not None or config.view.corrupt:
+            # Runs from before there was corruption go on.
+            unsaid = {"seed"} if config.view.corrupt else {"seed", "corrupt"}
+            self._record["data.view"] = config.view.model_dump(mode="json", exclude=unsaid)
         sources = [part.corpus for part in self._splits if isinstance(part, PreparedSplit)]
         self._ahead = max((each.shelf.ahead for each in sources), default=0)
         self._announced = 0
@@ -276,10 +284,21 @@ class Loader:
                     if len(at := np.flatnonzero(corpus_B == number))
                 ]
             )
-        if self._view is not None:
+        if self._view is not None or self.config.view.corrupt:
             place_B = kept.step * self.config.global_batch + np.arange(these.start, these.stop)
-            batch = self._view.see(batch, seed=self._seed, place_B=place_B, use=TRAINING)
+            if self._view is not None:
+                batch = self._view.see(batch, seed=self._seed, place_B=place_B, use=TRAINING)
+            if self.config.view.corrupt:
+                batch = self._corrupt(batch, place_B)
         return replace(batch, index=index) if index else batch
+
+    def _corrupt(self, batch: Batch, place_B: np.ndarray) -> Batch:
+        """Symbols that count replaced by draws: inputs and what is to be predicted are the same symbols."""
+        x_BT = batch.x_BT.numpy()
+        noise_B2T = transforms.noise(f"{TRAINING}/corrupt", self._seed, place_B, 2 * x_BT.shape[1])
+        x_BT = transforms.corrupt(x_BT, alphabet=self._alphabet, rate=self.config.view.corrupt, noise_B2T=noise_B2T)
+        x_BT[batch.weight_BT.numpy() == 0] = 0
+        return replace(batch, x_BT=torch.from_numpy(x_BT))
 
     def announce(self, step: int, rank: int, world: int) -> None:
         """Have what this rank reads from `step` on fetched beforehand, where corpora are remote."""

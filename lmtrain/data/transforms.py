@@ -8,6 +8,8 @@ Shapes: B rows, D symbols of a record, H, W, C its grid.
 [1] Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011 (Philox: random numbers by their place).
 [2] Uria, Murray, Larochelle: RNADE, NeurIPS 2013; Theis et al., A note on the evaluation of generative models,
     ICLR 2016 (uniform noise makes densities of symbols, whose expected logarithm bounds that of the probability).
+[3] Ren et al.: Likelihood Ratios for Out-of-Distribution Detection, NeurIPS 2019, section 3.2 (a background model is
+    trained on mutated inputs; there the draw is among the other symbols).
 """
 
 from __future__ import annotations
@@ -69,6 +71,16 @@ def shift(x_BD: np.ndarray, *, grid: Sequence[int], most: int, noise_B2: np.ndar
         columns = slice(max(right, 0), width + min(right, 0)), slice(max(-right, 0), width - max(right, 0))
         to[rows[0], columns[0]] = image[rows[1], columns[1]]
     return out.reshape(x_BD.shape)
+
+
+def corrupt(x_BT: np.ndarray, *, alphabet: int, rate: float, noise_B2T: np.ndarray) -> np.ndarray:
+    """int64: each symbol replaced, with probability `rate`, by a uniform draw from the whole alphabet [3].
+
+    noise_B2T: [B, 2T], the first half to choose the symbols, the second to draw. The draw may be the symbol itself, so
+    that a share of rate * (1 - 1 / alphabet) changes.
+    """
+    chosen_BT, drawn_BT = np.split(noise_B2T, 2, axis=1)
+    return np.where(chosen_BT < rate, np.floor(drawn_BT * alphabet).astype(np.int64), x_BT)
 
 
 def float32_below(x_BD: np.ndarray, bound: float) -> np.ndarray:

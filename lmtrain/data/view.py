@@ -44,6 +44,9 @@ class ViewConfig(Config):
     flip: bool = Field(False, description="training: exchange left and right of every other image")
     shift: int = Field(0, ge=0, description="training: move images by up to so many pixels either way")
     standardise: bool = Field(False, description="reals: subtract the train split's mean and divide by its deviation")
+    corrupt: float = Field(
+        0.0, ge=0, lt=1, description="training, text too: each symbol is drawn anew, uniformly, with this probability"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the noise in evaluation, so that runs see the same sets")
 
     @model_validator(mode="after")
@@ -56,8 +59,8 @@ class ViewConfig(Config):
 
     @property
     def is_plain(self) -> bool:
-        """Whether records are left as they are."""
-        return self == ViewConfig(seed=self.seed)
+        """Whether what is evaluated is left as it is; what `corrupt` does, the loader does."""
+        return self == ViewConfig(seed=self.seed, corrupt=self.corrupt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +304,8 @@ def _check(corpus: Corpus, config: ViewConfig) -> None:
     def refuse(key: str, why: str) -> ConfigError:
         return ConfigError(f"data.view.{key} = {getattr(config, key)}: {corpus.path} {why}; leave it out")
 
-    set_keys = [key for key, value in config.model_dump().items() if key != "seed" and value != getattr(_PLAIN, key)]
+    given = {key: value for key, value in config.model_dump().items() if key not in ("seed", "corrupt")}
+    set_keys = [key for key, value in given.items() if value != getattr(_PLAIN, key)]
     if corpus.record is None and set_keys:
         raise refuse(set_keys[0], "holds no records")
     for key in ("binarise", "levels", "dequantise"):

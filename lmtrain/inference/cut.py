@@ -97,11 +97,19 @@ class Windows:
     """Rows of `context` symbols that do not overlap, as `Split.fetch` cuts them; of any kind of corpus."""
 
     def __init__(
-        self, split: Split, *, context: int, batch: int, max_symbols: int | None = None, masking: bool = False
+        self,
+        split: Split,
+        *,
+        context: int,
+        batch: int,
+        max_symbols: int | None = None,
+        masking: bool = False,
+        rows_N: np.ndarray | None = None,
     ) -> None:
+        """rows_N: only these rows, ascending."""
         self._split, self._context, self._batch, self._masking = split, context, batch, masking
         total = split.rows(context)
-        self._rows_N = np.arange(total, dtype=np.int64)
+        self._rows_N = np.arange(total, dtype=np.int64) if rows_N is None else np.asarray(rows_N, np.int64)
         if max_symbols is not None and max_symbols < split.symbols:
             full = int(split.row_symbols(np.zeros(1, np.int64), context)[0])
             order_N = smallest(total, max_symbols // full + 2)
@@ -159,6 +167,48 @@ class Sliding:
             from_B, to_B = self._plan.spans(index_B, self._split.symbols)
             batch = _rows(self._split, start_B, self._plan.context, from_B=from_B, to_B=to_B, end_D=self._end_D)
             yield Call(batch)
+
+
+class Alone:
+    """Documents one by one, each from its own beginning in rows of a plan: none is told what stands before it."""
+
+    def __init__(self, split: Split, *, plan: Plan, batch: int, documents_N: np.ndarray | None = None) -> None:
+        """documents_N: only these, ascending."""
+        self._split, self._plan, self._batch = split, plan, batch
+        end_D = split.document_ends().astype(np.int64)
+        start_D = np.concatenate([[0], end_D[:-1]])
+        if documents_N is not None:
+            start_D, end_D = start_D[documents_N], end_D[documents_N]
+        begin: list[np.ndarray] = []
+        spans: list[tuple[np.ndarray, np.ndarray]] = []
+        for start, end in zip(start_D.tolist(), end_D.tolist(), strict=True):
+            row_N = np.arange(plan.rows(end - start), dtype=np.int64)
+            from_N, to_N = plan.spans(row_N, end - start)
+            begin.append(start + row_N * plan.stride)
+            spans.append((start + from_N, start + to_N))
+        self._start_N = np.concatenate(begin)
+        self._from_N, self._to_N = (np.concatenate(part) for part in zip(*spans, strict=True))
+        self.symbols = int((self._to_N - self._from_N).sum())
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """What each row answers for."""
+        return self._from_N, self._to_N
+
+    def count(self, world: int) -> int:
+        """Calls of each rank."""
+        rows = len(self._start_N)
+        return _calls(rows, batch=_lanes(rows, batch=self._batch, world=world), world=world)
+
+    def calls(self, rank: int, world: int) -> Iterator[Call]:
+        """This rank's calls."""
+        rows = len(self._start_N)
+        lanes = _lanes(rows, batch=self._batch, world=world)
+        for index_B in _deal(np.arange(rows), batch=lanes, rank=rank, world=world):
+            real_B = index_B >= 0
+            start_B, from_B, to_B = (
+                np.where(real_B, whole_N[index_B], -1) for whole_N in (self._start_N, self._from_N, self._to_N)
+            )
+            yield Call(_rows(self._split, start_B, self._plan.context, from_B=from_B, to_B=to_B))
 
 
 class Documents:

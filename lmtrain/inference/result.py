@@ -40,7 +40,7 @@ class Result:
     documents: those with a scored symbol. lines: None where they were not counted. exact: whether the code length is
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
     be drawn from. records: those that were scored, None where rows are cut from a stream. measure: what they measure.
-    weights: those of the model, or their average.
+    weights: those of the model, or their average. temperature: of every symbol's distribution; 1 = the model's own.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Result:
     records: int | None = None
     measure: Measure = field(default_factory=Measure)
     weights: Weights = "raw"
+    temperature: float = 1.0
 
     @property
     def complete(self) -> bool:
@@ -80,8 +81,12 @@ class Result:
     def how(self) -> str:
         """Mode, context, stride and averaged weights in a few words."""
         averaged = ", averaged weights" if self.weights == "ema" else ""
+        averaged += f", temperature {self.temperature:g}" if self.temperature != 1 else ""
         if self.mode == "carried":
             return "mode carried, context from each document's start" + averaged
+        if self.mode == "alone":
+            stride = f", stride {self.stride}" if self.stride is not None else ""
+            return f"each document alone, context {self.context}{stride}{averaged}"
         text = f"mode {self.mode}, context {self.context}"
         text += f", stride {self.stride}" if self.stride is not None else ""
         return text + (", attention cut at documents" if self.masking else "") + averaged

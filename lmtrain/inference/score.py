@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from lmtrain.config import Config
 from lmtrain.errors import ConfigError, CorpusError
-from lmtrain.inference.cut import Cut, Documents, Sliding, Windows
+from lmtrain.inference.cut import Alone, Cut, Documents, Sliding, Windows
 from lmtrain.inference.interval import bootstrap, group_of, groups
 from lmtrain.inference.reopen import Plan
 from lmtrain.inference.resting import device_of, resting
 from lmtrain.inference.result import Result
+from lmtrain.inference.temperature import tempered
 from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split, Weights
 
 Mode = Literal["window", "sliding", "carried"]
@@ -110,18 +112,32 @@ def evaluate(
     add: Callable[[np.ndarray], np.ndarray] | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    temperature: float = 1.0,
+    documents_N: np.ndarray | None = None,
+    alone: bool = False,
+    observe: Callable[[Batch, Tensor], None] | None = None,
+    tell_groups: Callable[[np.ndarray], None] | None = None,
 ) -> Result:
     """Score a split under a model; collective when `world` > 1 (every rank calls it and gets the same result).
 
     context: symbols a row (mode carried: symbols a call, which changes nothing else). masking: rows carry the marks of
         document starts, as the model was trained with them. add: float64 sum over ranks, such as `Engine.add`.
     device: where rows go; default the model's first parameter's. progress: told (calls done, calls of this rank).
+    temperature: of every symbol's distribution (temperature.py). alone: each document from its own beginning, whatever
+        stands before it. documents_N: int64, of records or with `alone` only these. observe: told every call and its
+        log-probabilities, whose symbols of weight 0 say nothing. tell_groups: told, at last, the float64 [G, J] sums of
+        nats, symbols, bytes and lines over each group of units that the interval is drawn from.
 
     Raises ConfigError when mode, context or stride do not fit the model or the corpus; CorpusError when symbols and the
     counts of the manifest do not belong together.
     """
     _check(model, corpus, config=config, context=context)
-    cut = _cut(split, config=config, context=context, masking=masking)
+    if temperature != 1 and config.mode == "carried":
+        raise ConfigError("a temperature is not for eval.mode = carried; use window or sliding")
+    if alone or documents_N is not None:
+        cut: Cut = _some(split, corpus, config=config, context=context, documents_N=documents_N)
+    else:
+        cut = _cut(split, config=config, context=context, masking=masking)
     tally = _Tally(split, corpus, cut)
     place = device_of(model) if device is None else torch.device(device)
     total = cut.count(world)
@@ -133,14 +149,20 @@ def evaluate(
                 assert isinstance(model, Carries)
                 logp_BT, state = model.carry(batch.x_BT, cond=batch.cond, state=None if call.fresh else state)
             else:
-                logp_BT = model(batch.x_BT, cond=batch.cond)
+                logp_BT = tempered(model, batch.x_BT, cond=batch.cond, temperature=temperature)
             tally.add(call.batch, logp_BT)
+            if observe is not None:
+                observe(call.batch, logp_BT)
             if progress is not None:
                 progress(number + 1, total)
     sums_GJ = tally.sums_GJ if add is None else np.asarray(add(tally.sums_GJ.ravel())).reshape(tally.sums_GJ.shape)
-    return _result(
+    found = _result(
         sums_GJ, tally, split=split, corpus=corpus, cut=cut, config=config, context=context, name=name, masking=masking
     )
+    mode = "alone" if isinstance(cut, Alone) else found.mode
+    if tell_groups is not None:
+        tell_groups(sums_GJ)
+    return replace(found, mode=mode, temperature=temperature)
 
 
 def _check(model: Model, corpus: Corpus, *, config: EvalConfig, context: int) -> None:
@@ -170,9 +192,13 @@ def _cut(split: Split, *, config: EvalConfig, context: int, masking: bool) -> Cu
     return Windows(split, context=context, batch=config.batch, max_symbols=config.max_symbols, masking=masking)
 
 
-def _device(model: Model) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+def _some(split: Split, corpus: Corpus, *, config: EvalConfig, context: int, documents_N: np.ndarray | None) -> Cut:
+    """Each document alone: records are so anyway; the rows of a stream begin at documents."""
+    if corpus.record is not None:
+        return Windows(split, context=context, batch=config.batch, rows_N=documents_N)
+    if config.mode == "carried":
+        raise ConfigError("eval.mode = carried begins at documents already; leave that mode or --alone out")
+    return Alone(split, plan=config.plan(context), batch=config.batch, documents_N=documents_N)
 
 
 class _Tally:

@@ -252,3 +252,54 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_does_not_fit_is_refused(name: str, keys: dict[str, Any], match: str, folder: Path) -> None:
     with pytest.raises(ConfigError, match=match):
         seen(open_corpus(folder / name), **keys)
+
+
+# ---- corruption ------------------------------------------------------------------------------------------------------
+
+
+def test_corruption_replaces_that_share_by_uniform_draws(folder: Path) -> None:
+    corpus = open_corpus(folder / "digits")
+    plain, corrupted = loader(corpus, rows=64), loader(corpus, rows=64, corrupt=0.3)
+    before = np.concatenate([put_together(plain, step, 1) for step in range(20)])
+    after = np.concatenate([put_together(corrupted, step, 1) for step in range(20)])
+    changed, n = before != after, before.size
+    share, wanted = changed.mean(), 0.3 * (1 - 1 / 17)  # a draw may be the symbol itself
+    assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / n)
+    count = np.bincount(after[changed & (before == 0)], minlength=17)[1:]  # of zeros: every other symbol alike
+    assert ((count - count.mean()) ** 2 / count.mean()).sum() < 45  # chi-square of 15 degrees of freedom, p = 1e-4
+    assert not np.array_equal(put_together(corrupted, 0, 1), put_together(loader(corpus, seed=1, corrupt=0.3), 0, 1))
+
+
+def test_corruption_is_a_function_of_the_position(folder: Path) -> None:
+    corpus = open_corpus(folder / "digits")
+    source = loader(corpus, corrupt=0.3, binarise="threshold")
+    np.testing.assert_array_equal(put_together(source, 5, 1), put_together(source, 5, 4))
+    assert put_together(source, 5, 1).max() == 1  # drawn among the symbols that the model reads
+    (same,) = view_of([corpus], settings(corrupt=0.3))
+    np.testing.assert_array_equal(whole(same), whole(corpus))  # what is held out stays as it is
+    assert same.meaning == corpus.meaning  # so that both models can be asked about the same sets
+
+
+def test_corruption_of_text(folder: Path) -> None:
+    corpus = open_corpus(folder / "text")
+    data = DataConfig(corpus="x", context=4, global_batch=2, view=settings(corrupt=0.5))
+    clean = DataConfig(corpus="x", context=4, global_batch=2)
+    batches = [Loader([corpus], each, seed=0).batch(step, 0, 1)[0] for each in (clean, data) for step in range(40)]
+    before, after = (torch.cat([b.x_BT for b in some]) for some in (batches[:40], batches[40:]))
+    weight = torch.cat([b.weight_BT for b in batches[:40]]) > 0
+    assert 0.35 < (before != after)[weight].float().mean() < 0.65
+    assert int(after.max()) < corpus.alphabet
+    assert not after[~weight].any()
+    assert int((~weight).sum()) > 0
+
+
+def test_corruption_belongs_to_the_order_and_is_for_symbols(folder: Path) -> None:
+    corpus = open_corpus(folder / "digits")
+    record = loader(corpus, corrupt=0.3).order_record()
+    with pytest.raises(ConfigError, match=r"data\.view"):
+        compare_order(loader(corpus).order_record(), record)
+    assert "corrupt" not in json.dumps(
+        loader(corpus, binarise="threshold").order_record()
+    )  # as runs have it that stand
+    with pytest.raises(ConfigError, match=r"data\.view\.corrupt = 0\.2 draws symbols"):
+        loader(open_corpus(folder / "wine"), corrupt=0.2)
