@@ -40,7 +40,7 @@ class Result:
     documents: those with a scored symbol. lines: None where they were not counted. exact: whether the code length is
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
     be drawn from. records: those that were scored, None where rows are cut from a stream. measure: what they measure.
-    weights: those of the model, or their average.
+    weights: those of the model, or their average. warning: why the score may be too good (the tokenizer saw the split).
     """
 
     name: str
@@ -63,6 +63,7 @@ class Result:
     records: int | None = None
     measure: Measure = field(default_factory=Measure)
     weights: Weights = "raw"
+    warning: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -227,6 +228,7 @@ class Result:
             "bits_per_dim_is": self.dims_note,
             "interval": interval,
             "interval_note": self.interval_note,
+            "warning": self.warning,
             "definitions": DEFINITIONS,
         }
 
@@ -267,6 +269,8 @@ class Result:
         lines = [f"{self.corpus} {self.split}: {self.how}"]
         lines += [f"  {label:<24} {value:>{wide}}  {note}".rstrip() for label, value, note in rows]
         lines.append(f"  {'interval':<24} {self.interval_note}")
+        if self.warning:
+            lines.append(f"  {'WARNING':<24} {self.warning}")
         return "\n".join(lines)
 
     def _share(self) -> str:
