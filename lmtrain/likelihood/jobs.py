@@ -1,7 +1,7 @@
 """Trainings in processes of their own, a few at a time. Each is one `train_run` of a config file, its words in a log.
 
-A process dies with the server that forks them, which ends with this process; runs go on from their checkpoints. SIGTERM and SIGINT are passed on once as
-SIGTERM: each run saves and ends, and no other is started.
+A process dies with the server that forks them, which ends with this process; runs go on from their checkpoints. SIGTERM
+and SIGINT are passed on once as SIGTERM: each run saves and ends, and no other is started.
 """
 
 from __future__ import annotations
