@@ -13,7 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from lmtrain.data import parts as in_parts
 from lmtrain.data import prepare as preparing
-from lmtrain.data.corpus import open_corpus
+from lmtrain.data.corpus import PreparedCorpus, open_corpus
+from lmtrain.data.folds import refold
+from lmtrain.data.loader import DataConfig
 from lmtrain.data.remote import is_url
 from lmtrain.data.view import Fit, View, view_of
 from lmtrain.errors import ConfigError
@@ -85,7 +87,12 @@ def corpora_for(config: RunConfig, place: Place) -> list[Corpus]:
         else:
             while not (paths[0] / "manifest.json").exists():
                 time.sleep(_PATIENCE)
-    return [open_corpus(name, remote=config.data.remote, note=say) for name in names]
+    return [folded(open_corpus(name, remote=config.data.remote, note=say), config.data) for name in names]
+
+
+def folded(corpus: PreparedCorpus, data: DataConfig) -> PreparedCorpus:
+    """A corpus divided as `data.folds` and `data.fold` say; itself where they say nothing."""
+    return corpus if data.folds is None or data.fold is None else refold(corpus, folds=data.folds, fold=data.fold)
 
 
 def seen(

@@ -31,7 +31,7 @@ def evaluate_sets(config: RunConfig, own: Corpus, engine: Engine) -> dict[str, R
                 model,
                 corpus.split(chosen.split),
                 corpus,
-                config=config.eval,
+                config=config.eval.capped(chosen),
                 context=config.data.row_length(corpus),
                 name=name,
                 masking=config.data.document_masking,

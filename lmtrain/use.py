@@ -13,7 +13,7 @@ from lmtrain import engine as engines
 from lmtrain import models
 from lmtrain.checkpoint import Checkpoints, Reader, Saved, export, faults, load_weights
 from lmtrain.config import build, override, read_yaml
-from lmtrain.corpora import alike, require_same_symbols, say, seen, spec_of
+from lmtrain.corpora import alike, folded, require_same_symbols, say, seen, spec_of
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.data.loader import DataConfig
 from lmtrain.data.memory import MemoryCorpus
@@ -79,7 +79,7 @@ def open_run(
 def own_corpus(data: DataConfig) -> PreparedCorpus:
     """The run's own corpus; of a mixture the first, whose tokenizer all share."""
     first = data.corpus if isinstance(data.corpus, str) else data.corpus[0].path
-    return open_corpus(first, remote=data.remote)
+    return folded(open_corpus(first, remote=data.remote), data)
 
 
 def _opened(folder: Path, checkpoint: str, overrides: Sequence[str]) -> tuple[RunConfig, Corpus, Saved]:

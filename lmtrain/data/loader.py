@@ -23,6 +23,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import order, transforms
+from lmtrain.data.layout import BUCKETS
 from lmtrain.data.rows import PreparedSplit, Rows
 from lmtrain.data.shelf import RemoteConfig
 from lmtrain.data.view import TRAINING, View, ViewConfig, ViewSplit
@@ -63,6 +64,15 @@ class DataConfig(Config):
     document_masking: bool = Field(False, description="cut attention and state where a document begins")
     prefetch: bool = Field(True, description="read the next step's batch in a thread meanwhile")
     remote: RemoteConfig = Field(RemoteConfig(), description="how a corpus that is a URL is read")
+    folds: int | None = Field(
+        None,
+        ge=3,
+        le=BUCKETS,
+        description="divide the prepared corpus anew into so many folds of buckets; null = as it is",
+    )
+    fold: int | None = Field(
+        None, ge=1, description="with folds: which one is test, from 1; the one before it is valid, the rest train"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:
@@ -72,6 +82,8 @@ class DataConfig(Config):
                 f"data.global_batch = {self.global_batch} is no multiple of data.micro_batch = {self.micro_batch}; "
                 f"use {near}"
             )
+        if (self.folds is None) != (self.fold is None) or (self.fold or 0) > (self.folds or 0):
+            raise ValueError(f"data.folds = {self.folds} and data.fold = {self.fold}: give both, fold from 1 to folds")
         if not self.shares:
             raise ValueError("data.corpus is an empty list; name at least one corpus")
         paths = [os.path.normpath(share.path) for share in self.shares]

@@ -72,6 +72,13 @@ class PrepareConfig(Config):
             return handler(tree)
         return (RecordSource if tree.get("kind") in RECORDS else SourceConfig).model_validate(tree)
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether a tokenizer is trained on what this split trains on."""
+        return (
+            not isinstance(self.source, RecordSource) and self.tokenizer.path is None and self.tokenizer.kind != "bytes"
+        )
+
     @model_validator(mode="after")
     def _agree(self) -> PrepareConfig:
         if isinstance(self.source, RecordSource):

@@ -112,6 +112,11 @@ class RecordSource(Config):
             raise ValueError("label_arrays names splits that arrays does not")
         return self
 
+    @property
+    def has_folds(self) -> bool:
+        """Whether names of arrays hold `{fold}`."""
+        return any("{fold}" in name for name in [*self.arrays.values(), *self.label_arrays.values()])
+
 
 KINDS = tuple(_OWN)
 
@@ -136,7 +141,7 @@ class Opened:
 
 def open_source(config: RecordSource, *, fold: int | None = None) -> Opened:
     """The records of a source; CorpusError naming file and row of whatever cannot be read, ConfigError for folds."""
-    folded = any("{fold}" in name for name in [*config.arrays.values(), *config.label_arrays.values()])
+    folded = config.has_folds
     if folded != (fold is not None):
         given = f"prepare.split.fold = {fold}" if fold is not None else "prepare.split.fold is not given"
         raise ConfigError(

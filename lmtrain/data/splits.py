@@ -170,7 +170,7 @@ def divide(
     brings = not documents.get(NO_GROUP) and bool(documents.get(0)) and len([g for g in documents if documents[g]]) > 1
     kind = config.kind
     if config.folds is not None and config.fold is not None:
-        return Division("hash", _fold(config.fold - 1, config.folds))
+        return Division("hash", fold_cells(config.fold - 1, config.folds))
     if kind == "auto":
         kind = "source" if brings else "tail" if count < _FEW else "hash"
     if kind == "tail":
@@ -235,14 +235,17 @@ def _carve(*, test: int, valid: int, own: Mapping[str, int]) -> dict[str, dict[s
     return splits
 
 
-def _fold(fold: int, folds: int) -> dict[str, dict[str, Any]]:
-    """Fold `fold` (from 0) is test, the one before it valid; the buckets between folds are those of all others."""
+def fold_cells(fold: int, folds: int, *, groups: Sequence[int] = (0,)) -> dict[str, dict[str, Any]]:
+    """Fold `fold` (from 0) is test, the one before it valid; the buckets between folds are those of all others.
+
+    groups: those whose documents are divided.
+    """
     edges = [number * BUCKETS // folds for number in range(folds + 1)]
     held = {"test": fold, "valid": (fold - 1) % folds}
     train = [[low, high] for n, (low, high) in enumerate(pairwise(edges)) if n not in held.values()]
-    splits: dict[str, dict[str, Any]] = {"train": {"groups": [0], "buckets": train}}
+    splits: dict[str, dict[str, Any]] = {"train": {"groups": list(groups), "buckets": train}}
     for name in ("valid", "test"):
-        splits[name] = {"groups": [0], "buckets": [[edges[held[name]], edges[held[name] + 1]]]}
+        splits[name] = {"groups": list(groups), "buckets": [[edges[held[name]], edges[held[name] + 1]]]}
     return splits
 
 

@@ -41,6 +41,7 @@ class Result:
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
     be drawn from. records: those that were scored, None where rows are cut from a stream. measure: what they measure.
     weights: those of the model, or their average. temperature: of every symbol's distribution; 1 = the model's own.
+    warning: why the score may be too good (the tokenizer saw the split).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Result:
     measure: Measure = field(default_factory=Measure)
     weights: Weights = "raw"
     temperature: float = 1.0
+    warning: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -232,6 +234,7 @@ class Result:
             "bits_per_dim_is": self.dims_note,
             "interval": interval,
             "interval_note": self.interval_note,
+            "warning": self.warning,
             "definitions": DEFINITIONS,
         }
 
@@ -272,6 +275,8 @@ class Result:
         lines = [f"{self.corpus} {self.split}: {self.how}"]
         lines += [f"  {label:<24} {value:>{wide}}  {note}".rstrip() for label, value, note in rows]
         lines.append(f"  {'interval':<24} {self.interval_note}")
+        if self.warning:
+            lines.append(f"  {'WARNING':<24} {self.warning}")
         return "\n".join(lines)
 
     def _share(self) -> str:

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from lmtrain.config import Config
+from lmtrain.data.folds import seen_by_tokenizer
 from lmtrain.errors import ConfigError, CorpusError
 from lmtrain.inference.cut import Alone, Cut, Documents, Sliding, Windows
 from lmtrain.inference.interval import bootstrap, group_of, groups
@@ -41,6 +42,7 @@ class EvalSet(Config):
 
     corpus: str | None = Field(default=None, description="a prepared corpus; null = the run's own")
     split: str = Field(default="valid", min_length=1, description="which split of it")
+    max_symbols: int | None = Field(default=None, ge=1, description="cap of this set alone; null = eval.max_symbols")
 
     @field_validator("split")
     @classmethod
@@ -90,6 +92,10 @@ class EvalConfig(Config):
                 "set stride to null or the mode to sliding"
             )
         return self
+
+    def capped(self, chosen: EvalSet) -> EvalConfig:
+        """These settings for one of the sets, with its own cap."""
+        return self if chosen.max_symbols is None else self.model_copy(update={"max_symbols": chosen.max_symbols})
 
     def plan(self, context: int) -> Plan:
         """How rows of `context` symbols overlap; ConfigError when the stride does not fit."""
@@ -332,4 +338,5 @@ def _result(
         records=tally.documents if corpus.record is not None else None,
         measure=corpus.measure,
         weights=config.weights,
+        warning=seen_by_tokenizer(corpus.manifest, split.name),
     )

@@ -28,7 +28,7 @@ from lmtrain.inference.coding import Layout, Progress, Reading
 from lmtrain.inference.reopen import Plan
 from lmtrain.likelihood import container, rasters, rivals
 from lmtrain.likelihood.container import BLOCK_HEAD, HASH, SUFFIX, Header, Kind
-from lmtrain.run import CONFIG
+from lmtrain.runfolder import CONFIG
 from lmtrain.use import Opened, open_run
 
 LANE_SYMBOLS = 4096

@@ -37,7 +37,10 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes. curves: by the name in the legend. marks: vertical lines, by name (where something begins)."""
+    """One pair of axes. curves: by the name in the legend. marks: vertical lines, by name (where something begins).
+
+    ticks: words in the place of the numbers 0, 1, 2, ... on the x axis.
+    """
 
     curves: Mapping[str, Curve]
     title: str = ""
@@ -46,6 +49,7 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     marks: Mapping[str, float] = field(default_factory=dict)
+    ticks: Sequence[str] = ()
 
 
 def lines(path: Path, *panels: Panel, title: str = "") -> None:
@@ -68,6 +72,8 @@ def lines(path: Path, *panels: Panel, title: str = "") -> None:
             axis.set_xscale("log")
         if panel.log_y:
             axis.set_yscale("log")
+        if panel.ticks:
+            axis.set_xticks(range(len(panel.ticks)), labels=panel.ticks)
         _words(axis, panel.title, panel.x_label, panel.y_label, legend=len(panel.curves) + len(panel.marks) > 1)
     _write(path, figure)
 
