@@ -212,8 +212,8 @@ def _lengths(coded: coding.Coded, payloads: list[bytes], *, file_bytes: int, wri
 def _given(opened: Opened, data: bytes, config: CompressConfig, *, where: str) -> _Given:
     corpus = opened.corpus
     if corpus.record is None:
-        if config.pixels or config.label is not None:
-            raise InputError(f"--{'pixels' if config.pixels else 'label'} is for records, and the run reads text")
+        if config.pixels:
+            raise InputError("--pixels is for images, and the run reads text")
         try:
             x_N = corpus.encode(data)
         except TokenizerError as error:
