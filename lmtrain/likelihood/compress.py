@@ -32,7 +32,7 @@ from lmtrain.run import CONFIG
 from lmtrain.use import Opened, open_run
 
 LANE_SYMBOLS = 4096
-"""A text gets a lane for so many symbols: a lane begins without context and ends with a state, some 20 bytes."""
+"""A text gets a lane for so many symbols: a lane begins without context and ends with a state of 8 bytes."""
 MOST_LANES = 64
 BLOCK_SYMBOLS = 1 << 16
 STORED_BLOCK = 1 << 20
