@@ -43,7 +43,7 @@ def compress(
     pixels: Annotated[bool, typer.Option("--pixels", help="keep an image's pixels instead of its file")] = False,
     label: Annotated[int | None, typer.Option("--label", min=0, help="the class, for a model that is told one")] = None,
     lanes: Annotated[
-        int | None, typer.Option("--lanes", min=1, max=4096, help="side by side: faster, some 20 bytes each")
+        int | None, typer.Option("--lanes", min=1, max=4096, help="side by side: faster, some bytes more each")
     ] = None,
     stride: Annotated[
         int | None, typer.Option("--stride", min=1, help="text: symbols between openings; default: half the context")

@@ -114,8 +114,8 @@ class Coded:
 
     @property
     def payload_bits(self) -> int:
-        """Bits of words and states."""
-        return 8 * (sum(block.nbytes for block in self.blocks) + self.state_B.nbytes)
+        """Bits of words and states; of nothing, none."""
+        return 8 * (sum(block.nbytes for block in self.blocks) + self.state_B.nbytes) if self.blocks else 0
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from lmtrain.runfolder import CONFIG
 from lmtrain.use import Opened, open_run
 
 LANE_SYMBOLS = 4096
-"""A text gets a lane for so many symbols: a lane begins without context and ends with a state, some 20 bytes."""
+"""A text gets a lane for so many symbols: a lane begins without context and ends with a state of 8 bytes."""
 MOST_LANES = 64
 BLOCK_SYMBOLS = 1 << 16
 STORED_BLOCK = 1 << 20
@@ -212,8 +212,8 @@ def _lengths(coded: coding.Coded, payloads: list[bytes], *, file_bytes: int, wri
 def _given(opened: Opened, data: bytes, config: CompressConfig, *, where: str) -> _Given:
     corpus = opened.corpus
     if corpus.record is None:
-        if config.pixels or config.label is not None:
-            raise InputError(f"--{'pixels' if config.pixels else 'label'} is for records, and the run reads text")
+        if config.pixels:
+            raise InputError("--pixels is for images, and the run reads text")
         try:
             x_N = corpus.encode(data)
         except TokenizerError as error:
