@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtrain import __version__
-from lmtrain.commands import keeping, scoring, training, using
+from lmtrain.commands import detecting, keeping, scoring, training, using
 from lmtrain.errors import LmtrainError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for family in (training, using, scoring, keeping):
+for family in (training, using, scoring, detecting, keeping):
     app.add_typer(family.app)
 
 
