@@ -3,7 +3,7 @@
     python benchmarks/anomaly.py --mnist mnist.npz [--fashion FOLDER] [--code FOLDER] [--work FOLDER] [--limit 1000]
 
 mnist.npz has x_train, y_train, x_test, y_test; FOLDER of Fashion-MNIST the four idx files (default: where Debian's
-dataset-fashion-mnist puts them); --code any source text, a folder or a file (default: this package). Every model is a
+dataset-fashion-mnist puts them); --code any source text, a folder or a file (default: this package's). Every model is a
 small config written here and one `lmtrain train`, its background model the same on corrupted symbols; every question
 one `lmtrain anomaly`. `--work` keeps runs: what is finished there is not trained again, what was cut off goes on.
 `--only` takes beginnings of names. Prints one table of AUROC and writes JSON with all figures and intervals.
@@ -63,7 +63,7 @@ def questions(given: argparse.Namespace) -> list[Question]:
     }
     fashion: Tree = {"kind": "fashion-mnist"} | ({"paths": str(given.fashion)} if given.fashion else {})
     tokenizer = {"kind": "sentencepiece-unigram", "vocab": 4096, "sample_bytes": 2_097_152}
-    code = str(given.code or Path(lmtrain.__file__).parent)
+    code = str(given.code or own_code(given.work))
     corpora = given.work / "corpora"
     return [
         Question("fashion", {"source": fashion}, PIXELCNN, 16, 500, 0.2, 300,
@@ -79,6 +79,13 @@ def questions(given: argparse.Namespace) -> list[Question]:
                  {"optimizer": MUON, "schedule": {"kind": "wsd", "warmup": 0.02, "decay": 0.5, "min_lr": 0.0}},
                  ("--piece", "1000")),
     ]  # fmt: skip
+
+
+def own_code(work: Path) -> Path:
+    """The source text of this package in one file."""
+    path = work / "code.txt"
+    path.write_text("".join(file.read_text() for file in sorted(Path(lmtrain.__file__).parent.rglob("*.py"))))
+    return path
 
 
 def config(question: Question, work: Path, *, background: bool) -> Tree:

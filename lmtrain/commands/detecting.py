@@ -19,9 +19,9 @@ def anomaly(
     folder: RunPath,
     outside: Annotated[
         list[str],
-        typer.Option("--outside", "-o", help="what is to be found: a set, or @permuted, @constant, @noise, @shuffled"),
+        typer.Option("--outside", help="what is to be found: a set, or @permuted, @constant, @noise, @shuffled"),
     ],
-    inside: Annotated[str, typer.Option("--inside", "-i", help="what is usual")] = "own:test",
+    inside: Annotated[str, typer.Option("--inside", help="what is usual")] = "own:test",
     calibrate: Annotated[str, typer.Option("--calibrate", help="inside units that set thresholds")] = "own:valid",
     background: Annotated[
         Path | None, typer.Option("--background", help="a run trained with data.view.corrupt")
@@ -40,13 +40,14 @@ def anomaly(
     piece: Piece = None,
     limit: Limit = 2000,
     seed: Annotated[int, typer.Option(help="of sets that are made up")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="each unit's scores: a .jsonl or .parquet file")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="each unit's scores: .jsonl or .parquet")] = None,
     histogram: Annotated[Path | None, typer.Option("--histogram", help="nats of inside and outside: a PNG")] = None,
     weights: WhichWeights = None,
     checkpoint: Which = "last",
     as_json: AsJson = False,
 ) -> None:
     """Tell what is outside of a run's data by its likelihood, beside controls that need no model."""
+    from lmtrain.journal import strict
     from lmtrain.likelihood import anomaly as asking
     from lmtrain.likelihood import plots, scorefile
     from lmtrain.use import open_run
@@ -101,4 +102,4 @@ def anomaly(
         plots.histogram(histogram, shown, title=str(folder), x_label="nats")
         say(f"written: {histogram}")
     if as_json:
-        print_json([told.to_json() for told in found])
+        print_json(strict([told.to_json() for told in found]))

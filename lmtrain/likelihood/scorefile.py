@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lmtrain.errors import InputError
+from lmtrain.journal import strict
 from lmtrain.likelihood.scoring import Scored
 
 VERSION = 1
@@ -56,8 +57,9 @@ def write(path: Path, sets: Sequence[Scored], heads: Sequence[Mapping[str, Any]]
 
 
 def write_rows(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """A head and rows of JSON values, whole or not at all. InputError as `write` raises it."""
+    """A head and rows of JSON values, numbers that are not finite as null. InputError as `write` raises it."""
     check_name(path)
+    head, rows = strict(head), [strict(row) for row in rows]
     if path.suffix == ".jsonl":
         data = "".join(json.dumps(line) + "\n" for line in [head, *rows]).encode()
     else:
