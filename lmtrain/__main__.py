@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lmtrain import __version__
-from lmtrain.commands import compressing, keeping, scoring, training, using, validating
+from lmtrain.commands import compressing, detecting, keeping, scoring, training, using, validating
 from lmtrain.errors import LmtrainError
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for family in (training, using, compressing, scoring, validating, keeping):
+for family in (training, using, compressing, scoring, validating, detecting, keeping):
     app.add_typer(family.app)
 
 

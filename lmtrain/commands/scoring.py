@@ -39,6 +39,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Log-likelihood of each document, image or row of some sets."""
+    from lmtrain.journal import strict
     from lmtrain.likelihood import plots, scorefile
     from lmtrain.likelihood.scoring import score_set
     from lmtrain.likelihood.sets import OWN, open_set
@@ -63,8 +64,8 @@ def score(
         label = scored[0].measure
         plots.histogram(histogram, {each.set.name: each.value_U for each in scored}, title=str(folder), x_label=label)
     if as_json:
-        print_json([{k: v for k, v in head.items() if k != "groups"} | _spread(each)
-                    for head, each in zip(heads, scored, strict=True)])  # fmt: skip
+        shown = [{key: value for key, value in head.items() if key != "groups"} for head in heads]
+        print_json(strict([head | _spread(each) for head, each in zip(shown, scored, strict=True)]))
         return
     for each in scored:
         print(f"{each.set.name}\n{each.result.describe()}")
@@ -109,6 +110,7 @@ def compare_scores(
     as_json: AsJson = False,
 ) -> None:
     """Is A better than B on the same units, by how many bits, and how sure is that?"""
+    from lmtrain.journal import strict
     from lmtrain.likelihood.comparing import compare_sides, describe, head_of_run
     from lmtrain.likelihood.sets import OWN
 
@@ -122,6 +124,6 @@ def compare_scores(
 
     told = compare_sides([a, *(more_a or [])], [b, *(more_b or [])], score=score_run)
     if as_json:
-        print_json(told)
+        print_json(strict(told))
     else:
         print("\n".join(describe(each) for each in told))

@@ -76,7 +76,7 @@ def _same_units(one: Head, other: Head, one_name: str, other_name: str) -> None:
         if one[key] != other[key]:
             raise refuse(f"{key} {one[key]} and {other[key]}", "score both alike")
     column = 2 if one["bytes"] else 1
-    ours, its = (np.array(head["groups"])[:, column] for head in (one, other))
+    ours, its = (np.array(head["groups"], np.float64)[:, column] for head in (one, other))
     if one["unit"] != other["unit"] or one["units"] != other["units"] or not np.array_equal(ours, its):
         raise refuse(
             f"{one['units']:,} x {one['unit']} and {other['units']:,} x {other['unit']} of other sizes",
@@ -110,12 +110,12 @@ def _told(a: Sequence[Head], b: Sequence[Head]) -> dict[str, Any]:
 
 def _nats(head: Head) -> np.ndarray:
     """float64 [G]: with the units of the data made good, where the model reads scaled numbers."""
-    groups = np.array(head["groups"])
+    groups = np.array(head["groups"], np.float64)
     return np.asarray(groups[:, 0] + head["offset_per_record"] * groups[:, 1] * head["units"] / head["symbols"])
 
 
 def _below(head: Head) -> np.ndarray:
-    groups = np.array(head["groups"])
+    groups = np.array(head["groups"], np.float64)
     if head["measure"] == "bits per byte":
         return np.asarray(groups[:, 2] * LN2)
     if head["measure"] == "bits per dim":

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lmtrain.errors import InputError
+from lmtrain.journal import strict
 from lmtrain.likelihood.scoring import Scored
 
 VERSION = 1
@@ -51,9 +52,14 @@ def head_of(scored: Scored, *, run: str, step: int) -> dict[str, Any]:
 
 def write(path: Path, sets: Sequence[Scored], heads: Sequence[Mapping[str, Any]]) -> None:
     """Whole or not at all. InputError for another ending than `ENDINGS`, or when it cannot be written."""
-    check_name(path)
-    head = {"lmtrain_scores": VERSION, "sets": list(heads)}
     rows = [row for scored in sets for row in _rows(scored)]
+    write_rows(path, {"lmtrain_scores": VERSION, "sets": list(heads)}, rows)
+
+
+def write_rows(path: Path, head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """A head and rows of JSON values, numbers that are not finite as null. InputError as `write` raises it."""
+    check_name(path)
+    head, rows = strict(head), [strict(row) for row in rows]
     if path.suffix == ".jsonl":
         data = "".join(json.dumps(line) + "\n" for line in [head, *rows]).encode()
     else:

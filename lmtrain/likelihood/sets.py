@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ MADE = ("@permuted", "@constant", "@noise", "@shuffled")
 """Sets that are made of another one: pixels in random order, one grey, uniform symbols; words in random order."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Set:
     """name: as it was written. documents_N: int64, ascending: those that are meant, a fixed subset by hash; None = all.
 
@@ -52,8 +53,13 @@ class Set:
 
     def read(self, number: int) -> np.ndarray:
         """The symbols of one document."""
-        end_D = self.split.document_ends()
-        return self.split.read(int(end_D[number - 1]) if number else 0, int(end_D[number]))
+        if (size := self.corpus.record) is not None:
+            return self.split.read(number * size, (number + 1) * size)
+        return self.split.read(int(self._end_D[number - 1]) if number else 0, int(self._end_D[number]))
+
+    @cached_property
+    def _end_D(self) -> np.ndarray:
+        return self.split.document_ends()
 
     def raw(self, number: int) -> bytes:
         """The bytes of a document of text, without its end symbol."""
