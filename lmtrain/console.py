@@ -98,6 +98,7 @@ def evaluation_line(name: str, row: Mapping[str, Any]) -> str:
         ("perplexity", "perplexity {:.2f}"),
         ("bits_per_byte", "{:.4f} bits/byte"),
         ("bits_per_dim", "{:.4f} bits/dim"),
+        ("kl", "KL {:.4f}"),
     ):
         value = row.get(f"eval/{name}/{key}")
         if value is not None:

@@ -146,6 +146,27 @@ class Measure:
     view: str = ""
 
 
+class Known(Protocol):
+    """A distribution of records that is known, such as the source that a corpus was drawn from.
+
+    record: D, the symbols of a record. levels: size of the alphabet, 0 for real numbers. entropy: of a record, in nats
+    (of reals: differential); None where it has no exact value. rate: entropy of one more symbol, of a stationary chain.
+    """
+
+    record: int
+    levels: int
+    entropy: float | None
+    rate: float | None
+
+    def log_prob(self, x_ND: np.ndarray) -> np.ndarray:
+        """float64 [N]: ln p of each record."""
+        ...
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """int64 or float32 [count, D]: independent records."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """What a model must know of the corpus and the rows it will read.
@@ -334,6 +355,11 @@ class Corpus(Protocol):
     @property
     def measure(self) -> Measure:
         """What log-probabilities are about."""
+        ...
+
+    @property
+    def known(self) -> Known | None:
+        """The distribution that the records were drawn from, of the numbers that the model reads; None if not known."""
         ...
 
     def pieces(self) -> list[bytes]:

@@ -195,6 +195,7 @@ class Tracker:
             ("word_perplexity", score.word_perplexity),
             ("bits_per_byte", score.bits_per_byte),
             ("bits_per_dim", score.bits_per_dim),
+            ("kl", getattr(result, "kl", None)),
         ):
             if value is not None:
                 row[f"eval/{name}/{key}"] = value

@@ -29,6 +29,7 @@ class Result:
     mode: str = "window"
     context: int = 64
     interval: tuple[float, float] | None = (1.0, 2.0)
+    kl: float | None = 0.25
 
 
 class OfReals(Result):

@@ -1,4 +1,4 @@
-"""Cross-validation and the choice of a candidate."""
+"""Cross-validation and the choice of a candidate; how far a model is from its source, or from another model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lmtrain.commands.options import AsJson, ConfigPath, Overrides, print_json, say
+from lmtrain.commands.options import AsJson, ConfigPath, Overrides, RunPath, Which, WhichWeights, print_json, say
 from lmtrain.errors import EXIT_STOPPED, InputError
 
 app = typer.Typer()
@@ -71,3 +71,28 @@ def crossval(
     print(folds_report.table(result))
     for path in files:
         print(path)
+
+
+@app.command()
+def divergence(
+    folder: RunPath,
+    other: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="a second run; without it: the source")] = None,
+    samples: Annotated[int, typer.Option("-n", min=0, help="records drawn of either side; 0 = none")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed draws the same")] = 0,
+    length: Annotated[int | None, typer.Option(min=1, help="models of text: symbols of a record; default 16")] = None,
+    weights: WhichWeights = None,
+    checkpoint: Which = "last",
+    as_json: AsJson = False,
+) -> None:
+    """KL both ways, Jensen-Shannon, total variation and others: of a run and its known source, or of two runs."""
+    from lmtrain.likelihood import divergence as diverging
+
+    if samples == 1:
+        raise InputError("-n 1: one sample has no standard error; give 2 or more, or 0 for none")
+    result = diverging.compare(
+        folder, other, samples=samples, seed=seed, length=length, checkpoint=checkpoint, weights=weights
+    )
+    if as_json:
+        print_json(result)
+    else:
+        print(diverging.describe(result))

@@ -12,6 +12,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ from lmtrain.data.remote import Remote, is_url, local
 from lmtrain.data.rows import PreparedSplit
 from lmtrain.data.shelf import LocalShelf, RemoteConfig, RemoteShelf
 from lmtrain.errors import CorpusError, TokenizerError
-from lmtrain.protocol import Measure
+from lmtrain.protocol import Known, Measure
 
 if TYPE_CHECKING:
     from lmtrain.data.tokenizer import Tokenizer
@@ -115,6 +116,13 @@ class PreparedCorpus:
     def symbol_dims(self) -> int:
         """1 for symbols of records; the symbols of a text stand for bytes, and of reals there are no bits."""
         return int(self.record is not None and self.alphabet > 0)
+
+    @cached_property
+    def known(self) -> Known | None:
+        """The source that the records were drawn from, if it is in the manifest."""
+        from lmtrain.data.known import from_manifest  # which imports sources, and with them much else
+
+        return from_manifest(self.manifest)
 
     def pieces(self) -> list[bytes]:
         """What each symbol of a text decodes to."""

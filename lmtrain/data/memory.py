@@ -15,7 +15,7 @@ import torch
 
 from lmtrain.data.symbols import Tokenizer
 from lmtrain.errors import CorpusError, InputError
-from lmtrain.protocol import Batch, Cond, Measure
+from lmtrain.protocol import Batch, Cond, Known, Measure
 
 
 def begins(end_D: np.ndarray, *, position: int, count: int) -> np.ndarray:
@@ -109,6 +109,7 @@ class MemoryCorpus:
     record: int | None = None
     unit = "document"
     measure = Measure()
+    known: Known | None = None
 
     def __init__(self, tokenizer: Tokenizer, documents: Iterable[bytes], *, name: str = "data") -> None:
         """Raises InputError when there is nothing to score, TokenizerError for bytes that cannot be encoded."""

@@ -31,6 +31,8 @@ from pydantic import Field, field_validator, model_validator
 from lmtrain.config import Config
 from lmtrain.data import blocks, stages
 from lmtrain.data.blocks import Progress, RawBlock, Workers, silent, worker_count
+from lmtrain.data.known import KINDS as KNOWN
+from lmtrain.data.known import KnownSource
 from lmtrain.data.layout import MANIFEST
 from lmtrain.data.plan import Plan, Planner, digest, planned_source
 from lmtrain.data.record_sources import KINDS as RECORDS
@@ -49,7 +51,7 @@ __all__ = ["PrepareConfig", "Prepared", "Progress", "SplitConfig", "prepare", "t
 class PrepareConfig(Config):
     """What a corpus is made of and how. All of it is part of the corpus; how many processes make it is not."""
 
-    source: SourceConfig | RecordSource = Field(
+    source: SourceConfig | RecordSource | KnownSource = Field(
         SourceConfig(), description="where the documents (text) or records (images, tables) come from"
     )
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="which symbols they are written in")
@@ -70,18 +72,23 @@ class PrepareConfig(Config):
     def _by_kind(cls, tree: Any, handler: Any) -> Any:
         if not isinstance(tree, Mapping):
             return handler(tree)
-        return (RecordSource if tree.get("kind") in RECORDS else SourceConfig).model_validate(tree)
+        kind = tree.get("kind")
+        return (RecordSource if kind in RECORDS else KnownSource if kind in KNOWN else SourceConfig).model_validate(
+            tree
+        )
 
     @property
     def trains_tokenizer(self) -> bool:
         """Whether a tokenizer is trained on what this split trains on."""
         return (
-            not isinstance(self.source, RecordSource) and self.tokenizer.path is None and self.tokenizer.kind != "bytes"
+            not isinstance(self.source, RecordSource | KnownSource)
+            and self.tokenizer.path is None
+            and self.tokenizer.kind != "bytes"
         )
 
     @model_validator(mode="after")
     def _agree(self) -> PrepareConfig:
-        if isinstance(self.source, RecordSource):
+        if isinstance(self.source, RecordSource | KnownSource):
             check_config(self)
         if not self.leakage and self.drop in ("leakage", "both"):
             raise ValueError(f"drop = {self.drop} needs leakage = true")
@@ -166,7 +173,7 @@ def prepare(
             if not force and place.is_made():  # by another process, meanwhile
                 place.abandon()
                 return report(out, reused=True)
-            if not place.is_complete() and isinstance(config.source, RecordSource):
+            if not place.is_complete() and isinstance(config.source, RecordSource | KnownSource):
                 prepare_records(config, place.partial, progress or silent)
             elif not place.is_complete():
                 with Workers(processes, lock=place.lock, progress=progress or silent) as workers:
@@ -180,7 +187,7 @@ def train_tokenizer(config: PrepareConfig, out: Path | str, *, progress: Progres
 
     It sees the train split alone, without what would be dropped. Raises as `prepare` does.
     """
-    if isinstance(config.source, RecordSource):
+    if isinstance(config.source, RecordSource | KnownSource):
         raise ConfigError(f"prepare.source.kind = {config.source.kind} gives records, which need no tokenizer")
     if config.tokenizer.path is not None:
         raise ConfigError(f"prepare.tokenizer.path = {config.tokenizer.path} is trained already; leave it out to train")

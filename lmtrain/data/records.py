@@ -21,8 +21,10 @@ import numpy as np
 
 from lmtrain.data.blocks import Progress
 from lmtrain.data.duplicates import duplicates
+from lmtrain.data.known import KnownSource
 from lmtrain.data.layout import REALS, smallest_dtype
 from lmtrain.data.record_sources import Opened, Piece, RecordSource, open_source
+from lmtrain.data.sources import SourceConfig
 from lmtrain.data.splits import Division, SplitConfig, divide, group_of
 from lmtrain.data.workplace import clear
 from lmtrain.data.writer import finish, read_documents, write_block
@@ -62,10 +64,14 @@ def check_config(config: PrepareConfig) -> None:
 
 def prepare_records(config: PrepareConfig, folder: Path, progress: Progress) -> None:
     """Write the corpus into the folder `folder`, which is held. CorpusError, ConfigError."""
-    assert isinstance(config.source, RecordSource)
     clear(folder)
     split = config.split
-    opened = open_source(config.source, fold=split.fold if split.folds is None else None)
+    known = None
+    if isinstance(config.source, KnownSource):
+        opened, known = config.source.open(), config.source.parameters.to_json()
+    else:
+        assert isinstance(config.source, RecordSource)
+        opened = open_source(config.source, fold=split.fold if split.folds is None else None)
     kind = split.kind if split.kind != "auto" else "hash" if split.folds or not _splits(opened) else "source"
     if kind == "source" and not opened.brings:
         raise ConfigError(f"split.kind = source, but the source {config.source.kind} brings no split; use hash")
@@ -85,6 +91,7 @@ def prepare_records(config: PrepareConfig, folder: Path, progress: Progress) -> 
         "split": division.json(),
         "source": {"kind": config.source.kind, "sha256": digest},
         "block_bytes": config.block_bytes,
+        **({} if known is None else {"known": known}),
         **reports,
     }
     finish(folder, header=header, blocks=written, dropped=dropped)
@@ -151,7 +158,7 @@ def _write(
 
 def _shaped(opened: Opened, config: PrepareConfig) -> Iterator[tuple[Piece, Shape]]:
     """Every piece with the shape of all; CorpusError when one differs."""
-    assert isinstance(config.source, RecordSource)
+    assert not isinstance(config.source, SourceConfig)
     shape: Shape | None = None
     for piece in opened.pieces:
         if not len(piece.x):
@@ -166,7 +173,7 @@ def _shaped(opened: Opened, config: PrepareConfig) -> Iterator[tuple[Piece, Shap
         yield piece, shape
 
 
-def _shape(piece: Piece, levels: int | None, source: RecordSource) -> Shape:
+def _shape(piece: Piece, levels: int | None, source: RecordSource | KnownSource) -> Shape:
     x = piece.x
     size = int(np.prod(x.shape[1:], dtype=np.int64))
     grid = source.grid

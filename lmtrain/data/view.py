@@ -21,8 +21,9 @@ from pydantic import Field, model_validator
 
 from lmtrain.config import Config
 from lmtrain.data import transforms
+from lmtrain.data.fields import Standardised
 from lmtrain.errors import ConfigError, CorpusError, InputError
-from lmtrain.protocol import Batch, Corpus, Measure, Split
+from lmtrain.protocol import Batch, Corpus, Known, Measure, Split
 
 _ROWS = 1024
 TRAINING = "training"
@@ -141,6 +142,17 @@ class View:
             offset += math.fsum(math.log(value) for value in self.fit.std)
         kind: Any = "bound" if self.config.dequantise else self.corpus.measure.kind
         return Measure(kind, offset, self._words(f" with seed {self.config.seed}"))
+
+    @cached_property
+    def known(self) -> Known | None:
+        """The corpus's own where records are read as they are or standardised; nothing is known of other views."""
+        source = self.corpus.known
+        plain = self.config.model_copy(update={"standardise": False})
+        if source is None or not plain.is_plain:
+            return None
+        if self.fit is None:
+            return source
+        return Standardised(source, np.array(self.fit.mean), np.array(self.fit.std))
 
     def pieces(self) -> list[bytes]:
         """None: records do not stand for bytes."""

@@ -23,12 +23,28 @@ DEFINITIONS = {
     "bits_per_dim": "(nats + offset) / (ln 2 * dimensions); offset: nats that bring the numbers which the model reads "
     "back to the units of the data",
     "log_likelihood": "of real numbers: minus nats per record, in the model's (standardised) and in the data's units",
+    "kl": "KL(source || model) in nats a record: the model's nats minus those of the source that drew the records, "
+    "over records; an estimate from these records, so below 0 by chance alone",
     "mode window": "rows of `context` symbols that do not overlap, each begun from the symbol before it",
     "mode sliding": "rows of `context` symbols every `stride`; a row scores what the rows before it did not",
     "mode carried": "the state starts at zero at each document's start and is carried to its end; context null",
     "interval": "bootstrap of the ratio of sums over units drawn with replacement: " + LABEL,
 }
 """What each number means, as printed with --json and in docs/evaluation.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is known of the source that the scored records were drawn from.
+
+    nats: -ln p of the scored records under it. records: how many they are (the sum of their weights). entropy: of a
+    record, exact, or None. interval: of (model's nats - nats) / symbols.
+    """
+
+    nats: float
+    records: float
+    entropy: float | None
+    interval: Interval | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +57,7 @@ class Result:
     that of the text itself and not of one segmentation of it. tokenizer: its kind. units, unit: what the interval would
     be drawn from. records: those that were scored, None where rows are cut from a stream. measure: what they measure.
     weights: those of the model, or their average. temperature: of every symbol's distribution; 1 = the model's own.
-    warning: why the score may be too good (the tokenizer saw the split).
+    truth: what is known of the source. warning: why the score may be too good (the tokenizer saw the split).
     """
 
     name: str
@@ -65,7 +81,21 @@ class Result:
     measure: Measure = field(default_factory=Measure)
     weights: Weights = "raw"
     temperature: float = 1.0
+    truth: Truth | None = None
     warning: str | None = None
+
+    @property
+    def kl(self) -> float | None:
+        """KL(source || model) in nats a record, from the scored records; None where the source is not known."""
+        return (self.score.nats - self.truth.nats) / self.truth.records if self.truth else None
+
+    @property
+    def kl_bounds(self) -> tuple[float, float] | None:
+        """The interval of `kl`."""
+        if self.truth is None or self.truth.interval is None:
+            return None
+        scale = self.score.symbols / self.truth.records
+        return self.truth.interval.low_K[0] * scale, self.truth.interval.high_K[0] * scale
 
     @property
     def complete(self) -> bool:
@@ -179,6 +209,7 @@ class Result:
             "perplexity": self.perplexity,
             "bits_per_byte": score.bits_per_byte,
             "bits_per_dim": score.bits_per_dim,
+            "kl": self.kl,
         }
         return {name: value for name, value in values.items() if value is not None}
 
@@ -232,6 +263,10 @@ class Result:
             "offset_per_record": self.measure.offset if self.records is not None else None,
             "bits_per_dim": _finite(score.bits_per_dim),
             "bits_per_dim_is": self.dims_note,
+            "kl": _finite(self.kl),
+            "kl_interval": None if self.kl_bounds is None else [_finite(bound) for bound in self.kl_bounds],
+            "source_nats_per_record": None if self.truth is None else _finite(self.truth.nats / self.truth.records),
+            "source_entropy_per_record": None if self.truth is None else self.truth.entropy,
             "interval": interval,
             "interval_note": self.interval_note,
             "warning": self.warning,
@@ -271,6 +306,13 @@ class Result:
         number("bits per dim", score.bits_per_dim, "bits_per_dim", self.dims_note or "")
         if self.records is not None and score.bits_per_dim is None:
             rows.append(("bits per dim", "-", self.dims_note or ""))
+        if self.truth is not None and self.kl is not None:
+            bounds = self.kl_bounds
+            text = "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]  "
+            rows.append(("KL(source || model)", f"{self.kl:.4f}", f"{text}nats per record"))
+            own = self.truth.nats / self.truth.records
+            number("source, this sample", own, None, "nats per record: minus the mean ln p of the source itself")
+            number("source, entropy", self.truth.entropy, None, "nats per record, exact")
         wide = max(len(value) for _, value, _ in rows)
         lines = [f"{self.corpus} {self.split}: {self.how}"]
         lines += [f"  {label:<24} {value:>{wide}}  {note}".rstrip() for label, value, note in rows]

@@ -25,7 +25,7 @@ from lmtrain.inference.cut import Alone, Cut, Documents, Sliding, Windows
 from lmtrain.inference.interval import bootstrap, group_of, groups
 from lmtrain.inference.reopen import Plan
 from lmtrain.inference.resting import device_of, resting
-from lmtrain.inference.result import Result
+from lmtrain.inference.result import Result, Truth
 from lmtrain.inference.temperature import tempered
 from lmtrain.protocol import Batch, Carries, Corpus, Model, Score, Split, Weights
 
@@ -34,7 +34,7 @@ BLOCK = 2048
 """Symbols of a block, the unit of the interval where there are fewer than `MANY_DOCUMENTS` documents."""
 MANY_DOCUMENTS = 30
 
-NATS, SYMBOLS, BYTES, LINES = range(4)
+NATS, SYMBOLS, KNOWN, COUNT, BYTES, LINES = range(6)
 
 
 class EvalSet(Config):
@@ -208,7 +208,8 @@ def _some(split: Split, corpus: Corpus, *, config: EvalConfig, context: int, doc
 
 
 class _Tally:
-    """float64 sums of nats, symbols, bytes and lines for each group of units, on this rank."""
+    """float64 sums for each group of units, on this rank: nats, weights, nats under a known source, symbols, bytes,
+    lines."""
 
     def __init__(self, split: Split, corpus: Corpus, cut: Cut) -> None:
         end_D = split.document_ends()
@@ -224,7 +225,8 @@ class _Tally:
             held = _held(from_N // BLOCK, (to_N - 1) // BLOCK, -(-split.symbols // BLOCK))
         self.units = int(held.sum())
         self._unit = np.cumsum(held) - 1
-        self.sums_GJ = np.zeros((groups(self.units), 4), dtype=np.float64)
+        self.sums_GJ = np.zeros((groups(self.units), LINES + 1), dtype=np.float64)
+        self._known = corpus.known
         # A tokenizer decodes symbol by symbol, so that its symbols' own bytes say all there is to say.
         pieces_V = corpus.pieces()
         self._bytes_V = np.asarray(corpus.symbol_bytes_V, dtype=np.float64) if pieces_V else None
@@ -251,13 +253,22 @@ class _Tally:
         position_N = batch.position_B.numpy()[b_N] + t_N
         where_N = position_N // BLOCK if self._end_D is None else np.searchsorted(self._end_D, position_N, "right")
         group_N = group_of(self._unit[where_N], self.units)
-        columns = [-logp_N * w_N, w_N]
+        columns = [-logp_N * w_N, w_N, self._known_nats(x_BT, b_N, t_N) * w_N, np.ones(len(w_N))]
         if self._bytes_V is not None and self._newlines is not None:
             columns.append(self._bytes_V[x_N] * w_N)
             before_BT = np.concatenate([batch.cond.start_B.numpy()[:, None], x_BT[:, :-1]], axis=1)
             columns.append(self._lines(x_N, before_BT[b_N, t_N]) * w_N)
         for j, column_N in enumerate(columns):
             self.sums_GJ[:, j] += np.bincount(group_N, weights=column_N, minlength=len(self.sums_GJ))
+
+    def _known_nats(self, x_BT: np.ndarray, b_N: np.ndarray, t_N: np.ndarray) -> np.ndarray:
+        """-ln p of each record under the source that it was drawn from, all of it at its first symbol; 0 if unknown."""
+        if self._known is None:
+            return np.zeros(len(b_N))
+        rows, first_N = np.unique(b_N, return_index=True)
+        nats_N = np.zeros(len(b_N))
+        nats_N[first_N] = -self._known.log_prob(x_BT[rows])
+        return nats_N
 
     def _lines(self, x_N: np.ndarray, before_N: np.ndarray) -> np.ndarray:
         """Lines that each symbol ends: its newlines, and at a document's end a last line that had none."""
@@ -281,6 +292,17 @@ def _newlines(pieces_V: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return count_V, np.array([piece.endswith(b"\n") for piece in pieces_V], dtype=bool)
 
 
+def _truth(corpus: Corpus, sums_GJ: np.ndarray, *, known: float, symbols: float, tally: _Tally) -> Truth | None:
+    """What is known of the source, with an interval for nats - known over symbols."""
+    source = corpus.known
+    if source is None:
+        return None
+    interval = bootstrap(
+        sums_GJ[:, NATS] - sums_GJ[:, KNOWN], below_UK=sums_GJ[:, [SYMBOLS]], unit=tally.unit, units=tally.units
+    )
+    return Truth(nats=known, records=symbols / source.record, entropy=source.entropy, interval=interval)
+
+
 def one_segmentation(pieces_V: list[bytes]) -> bool:
     """Whether no text can be written in two ways: no symbol's bytes begin another symbol's (a prefix code).
 
@@ -302,8 +324,8 @@ def _result(
     name: str | None,
     masking: bool,
 ) -> Result:
-    nats, symbols, raw_bytes, lines = sums_GJ.sum(axis=0).tolist()
-    assert symbols == cut.symbols, f"{symbols} symbols were scored, {cut.symbols} were to be"
+    nats, symbols, known, count, raw_bytes, lines = sums_GJ.sum(axis=0).tolist()
+    assert count == cut.symbols, f"{count} symbols were scored, {cut.symbols} were to be"
     complete = cut.symbols == split.symbols
     if complete and split.bytes and tally.counts_bytes and raw_bytes != split.bytes:
         raise CorpusError(
@@ -338,5 +360,6 @@ def _result(
         records=tally.documents if corpus.record is not None else None,
         measure=corpus.measure,
         weights=config.weights,
+        truth=_truth(corpus, sums_GJ, known=known, symbols=symbols, tally=tally),
         warning=seen_by_tokenizer(corpus.manifest, split.name),
     )

@@ -78,6 +78,30 @@ def lines(path: Path, *panels: Panel, title: str = "") -> None:
     _write(path, figure)
 
 
+def maps(
+    path: Path,
+    pictures: Mapping[str, np.ndarray],
+    *,
+    extent: tuple[float, float, float, float],
+    title: str = "",
+    x_label: str = "",
+    y_label: str = "",
+) -> None:
+    """Planes [rows, columns] side by side on one scale of colours, row 0 at the bottom; such as densities on a plane.
+
+    extent: left, right, bottom, top. InputError when there is none, or one has values that are not finite.
+    """
+    if not pictures or not all(np.isfinite(plane).all() for plane in pictures.values()):
+        raise InputError(f"{path}: there is nothing to plot, or values are not finite")
+    top = max(float(plane.max()) for plane in pictures.values())
+    figure, axes = _figure(len(pictures), title)
+    for axis, (name, plane) in zip(axes, pictures.items(), strict=True):
+        axis.imshow(plane, origin="lower", extent=extent, vmin=0.0, vmax=top, cmap="viridis", aspect="auto")
+        _words(axis, name, x_label, y_label, legend=False)
+        axis.grid(False)
+    _write(path, figure)
+
+
 def histogram(
     path: Path,
     sets: Mapping[str, Sequence[float] | np.ndarray],
