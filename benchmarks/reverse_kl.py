@@ -27,7 +27,8 @@ from lmtrain.corpora import spec_of
 from lmtrain.inference.divergence import sampled
 from lmtrain.likelihood import plots
 from lmtrain.likelihood.divergence import Side, of_run, of_source
-from lmtrain.protocol import Cond, Known, Model, Place, Spec
+from lmtrain.meaning import Known
+from lmtrain.protocol import Cond, Model, Place, Spec
 
 EDGE, POINTS = 4.5, 161
 

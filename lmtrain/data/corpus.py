@@ -46,7 +46,7 @@ from lmtrain.data.remote import Remote, is_url, local
 from lmtrain.data.rows import PreparedSplit
 from lmtrain.data.shelf import LocalShelf, RemoteConfig, RemoteShelf
 from lmtrain.errors import CorpusError, TokenizerError
-from lmtrain.protocol import Known, Measure
+from lmtrain.meaning import Known, Measure
 
 if TYPE_CHECKING:
     from lmtrain.data.tokenizer import Tokenizer

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from lmtrain.errors import CorpusError, InputError
-from lmtrain.protocol import Batch, Cond, Known, Measure, Split
+from lmtrain.meaning import Known, Measure
+from lmtrain.protocol import Batch, Cond, Split
 
 
 class Enumerated:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lmtrain.data.chains import entropy, pick
-from lmtrain.protocol import Known
+from lmtrain.meaning import Known
 
 _REACH = 9.0
 """Deviations beyond a mean at which a Gaussian is nothing to a float64."""

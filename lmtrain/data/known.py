@@ -18,7 +18,7 @@ from lmtrain.config import Config
 from lmtrain.data.chains import Hidden, Markov, table
 from lmtrain.data.fields import Bernoulli, Gaussians, Ising
 from lmtrain.data.record_sources import Opened, Piece
-from lmtrain.protocol import Known
+from lmtrain.meaning import Known
 
 _OWN: dict[str, set[str]] = {
     "markov": {"alphabet", "order", "length", "concentration"},

@@ -15,7 +15,8 @@ import torch
 
 from lmtrain.data.symbols import Tokenizer
 from lmtrain.errors import CorpusError, InputError
-from lmtrain.protocol import Batch, Cond, Known, Measure
+from lmtrain.meaning import Known, Measure
+from lmtrain.protocol import Batch, Cond
 
 
 def begins(end_D: np.ndarray, *, position: int, count: int) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from lmtrain.errors import CorpusError, InputError
-from lmtrain.protocol import Batch, Cond, Corpus, Measure
+from lmtrain.meaning import Known, Measure
+from lmtrain.protocol import Batch, Cond, Corpus
 
 
 class RecordSplit:
@@ -64,6 +65,8 @@ class RecordSplit:
 
 class MemoryRecords:
     """A corpus (protocol.Corpus) of one split, `data`: records of the same shape and symbols as those of `like`."""
+
+    known: Known | None = None  # whoever made them, they were not drawn from the source of `like`
 
     def __init__(
         self, like: Corpus, x_ND: np.ndarray, *, name: str = "data", label_N: np.ndarray | None = None

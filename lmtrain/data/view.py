@@ -23,7 +23,8 @@ from lmtrain.config import Config
 from lmtrain.data import transforms
 from lmtrain.data.fields import Standardised
 from lmtrain.errors import ConfigError, CorpusError, InputError
-from lmtrain.protocol import Batch, Corpus, Known, Measure, Split
+from lmtrain.meaning import Known, Measure
+from lmtrain.protocol import Batch, Corpus, Split
 
 _ROWS = 1024
 TRAINING = "training"

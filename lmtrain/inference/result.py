@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmtrain.inference.interval import LABEL, MIN_UNITS, Interval
-from lmtrain.protocol import LN2, Measure, Score, Weights
+from lmtrain.meaning import Measure
+from lmtrain.protocol import LN2, Score, Weights
 
 DEFINITIONS = {
     "symbols": "every symbol of the set exactly once, including one end symbol per document",

@@ -21,7 +21,8 @@ from lmtrain.errors import InputError
 from lmtrain.inference import divergence, records
 from lmtrain.inference.sample import SampleConfig
 from lmtrain.inference.score import EvalConfig, evaluate
-from lmtrain.protocol import Known, Spec
+from lmtrain.meaning import Known
+from lmtrain.protocol import Spec
 
 MOST = 1 << 16
 """Records of a space that is enumerated."""
