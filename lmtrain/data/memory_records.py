@@ -19,20 +19,29 @@ from lmtrain.protocol import Batch, Cond, Corpus
 
 
 class RecordSplit:
-    """A split (protocol.Split) over an array of records."""
+    """A split (protocol.Split) over an array of records; weight_N: float32, what each record's symbols count (1)."""
 
     words = 0
     bytes = 0
 
-    def __init__(self, name: str, x_ND: np.ndarray, *, bos: int, label_N: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        x_ND: np.ndarray,
+        *,
+        bos: int,
+        label_N: np.ndarray | None = None,
+        weight_N: np.ndarray | None = None,
+    ) -> None:
         self.name = name
-        self._x_ND, self._bos, self._label_N = x_ND, bos, label_N
+        self._x_ND, self._bos, self._label_N, self._weight_N = x_ND, bos, label_N, weight_N
         self.documents, self._size = len(x_ND), int(x_ND.shape[1])
         self.symbols = int(x_ND.size)
 
     def rows(self, context: int) -> int:
-        """How many records."""
-        assert context == self._size, "a row is a record"
+        """How many records; InputError when they have another length."""
+        if context != self._size:
+            raise InputError(f"rows of {context} symbols were asked of records of {self._size}")
         return self.documents
 
     def row_symbols(self, index_N: np.ndarray, context: int) -> np.ndarray:
@@ -44,7 +53,8 @@ class RecordSplit:
         index_B = np.asarray(index_B, dtype=np.int64)
         real_B1 = (index_B >= 0)[:, None]
         x_BT = np.where(real_B1, self._x_ND[index_B], self._x_ND.dtype.type(0))
-        weight_BT = np.repeat(real_B1, context, axis=1).astype(np.float32)
+        weight_B1 = real_B1 if self._weight_N is None else real_B1 * self._weight_N[index_B][:, None]
+        weight_BT = np.repeat(weight_B1, context, axis=1).astype(np.float32)
         label_B = None if self._label_N is None else torch.from_numpy(np.where(index_B < 0, 0, self._label_N[index_B]))
         cond = Cond(torch.full((len(index_B),), self._bos, dtype=torch.int64), None, label_B)
         position_B = torch.from_numpy(np.where(index_B < 0, -1, index_B * context))
