@@ -168,15 +168,12 @@ class Distribution(Protocol):
 
     def log_pmf(self) -> Tensor:
         """float32 [B, V]: exact log-probability of every symbol. InputError for a density."""
-        ...
 
     def log_prob(self, x_B: Tensor) -> Tensor:
         """float32 [B] log p(x_B) in nats (of a density: its logarithm)."""
-        ...
 
     def sample(self, noise_B: Tensor) -> Tensor:
         """int64 or float32 [B]: the value at quantile `noise_B` (float64 in [0, 1)) of each row's distribution."""
-        ...
 
 
 class Stream(Protocol):
@@ -184,11 +181,9 @@ class Stream(Protocol):
 
     def distribution(self) -> Distribution:
         """Of the next symbol, given the start symbol and all that was pushed."""
-        ...
 
     def push(self, x_B: Tensor) -> None:
         """int64 [B]: the symbols that came."""
-        ...
 
 
 class Model(nn.Module):
@@ -238,7 +233,6 @@ class Carries(Protocol):
 
     def carry(self, x_BT: Tensor, *, cond: Cond, state: Any) -> tuple[Tensor, Any]:
         """(logp_BT, state after the row); `state` None starts at zero and reads `cond.start_B` first."""
-        ...
 
 
 @runtime_checkable
@@ -247,7 +241,6 @@ class Draws(Protocol):
 
     def draw(self, noise_BN: Tensor, *, cond: Cond) -> Tensor:
         """x_BT of noise float64 [B, T + 1] in [0, 1): one number to choose how, and one a symbol."""
-        ...
 
 
 class Split(Protocol):
@@ -261,27 +254,21 @@ class Split(Protocol):
 
     def rows(self, context: int) -> int:
         """How many rows of `context` symbols (or records) the split has; the last one may be padded."""
-        ...
 
     def row_symbols(self, index_N: np.ndarray, context: int) -> np.ndarray:
         """int64 [N]: how many symbols of each row are scored (= sum of its weights), without reading a token."""
-        ...
 
     def fetch(self, index_B: np.ndarray, context: int, *, masking: bool = False) -> Batch:
         """The rows `index_B` (int64; -1 = a padding row of weight 0), with `cond.first_BT` set when `masking`."""
-        ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 symbols (reals: float32) of [start, stop) of the concatenation."""
-        ...
 
     def start_symbol(self, position: int) -> int:
         """The symbol that a row beginning at `position` starts from."""
-        ...
 
     def document_ends(self) -> np.ndarray:
         """int64 [D]: end position in the concatenation of each document, ascending."""
-        ...
 
 
 class Corpus(Protocol):
@@ -306,43 +293,34 @@ class Corpus(Protocol):
     @property
     def meaning(self) -> str:
         """A line that is the same for corpora whose symbols mean the same."""
-        ...
 
     @property
     def symbol_bytes_V(self) -> np.ndarray:
         """int64 [V]: raw bytes that each symbol stands for (0 for the end symbol)."""
-        ...
 
     @property
     def symbol_dims(self) -> int:
         """Dimensions a symbol stands for, of which there are bits: 1 for symbols of records, 0 for text and reals."""
-        ...
 
     @property
     def measure(self) -> Measure:
         """What log-probabilities are about."""
-        ...
 
     @property
     def known(self) -> Known | None:
         """The distribution that the records were drawn from, of the numbers that the model reads; None if not known."""
-        ...
 
     def pieces(self) -> list[bytes]:
         """The raw bytes of each symbol; empty where symbols do not stand for bytes."""
-        ...
 
     def split(self, name: str) -> Split:
         """A split by name; raises CorpusError naming the splits there are."""
-        ...
 
     def decode(self, symbols: Sequence[int]) -> bytes:
         """The raw bytes of a run of symbols."""
-        ...
 
     def encode(self, raw: bytes) -> np.ndarray:
         """int64 symbols of raw bytes, without an end symbol."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,15 +344,12 @@ class FragmentReader(Protocol):
 
     def has(self, name: str, kind: str) -> bool:
         """Whether such a tensor was saved."""
-        ...
 
     def shape(self, name: str, kind: str) -> tuple[int, ...]:
         """Its full shape; CheckpointError when it was not saved."""
-        ...
 
     def read(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """A one-dimensional CPU tensor: elements [start, start + numel); CheckpointError when any is missing."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,40 +378,31 @@ class Engine(Protocol):
 
     def step(self, batches: Sequence[Batch], *, total_weight: float, lr: float, step: int) -> StepReport:
         """One optimizer step over this rank's micro-batches of the global batch of weight `total_weight`."""
-        ...
 
     def evaluating(self, *, weights: Weights = "raw") -> AbstractContextManager[Model]:
         """The model without dropout and gradients; "ema": with the averaged weights, and the raw ones back after it.
 
         ConfigError when no average is kept.
         """
-        ...
 
     def add(self, values: np.ndarray) -> np.ndarray:
         """float64 sum over ranks of an array of equal shape on every rank (also a barrier)."""
-        ...
 
     def agree(self, flag: int) -> int:
         """The largest flag of any rank."""
-        ...
 
     @property
     def communicated(self) -> float:
         """Seconds that this rank has spent in collectives and in waiting for other ranks there, ever growing."""
-        ...
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank owns: weights, optimizer moments and, on one rank, buffers. No overlap between ranks."""
-        ...
 
     def restore(self, reader: FragmentReader, *, scalars: Mapping[str, Any]) -> None:
         """Read the fragments that this rank needs, and the engine's own scalars."""
-        ...
 
     def scalars(self) -> dict[str, Any]:
         """What the engine must remember besides tensors (optimizer steps, skipped steps, loss scale): JSON values."""
-        ...
 
     def close(self) -> None:
         """Leave the process group."""
-        ...

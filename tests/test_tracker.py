@@ -156,7 +156,8 @@ def test_a_held_out_result_has_its_documented_names(tmp_path: Path) -> None:
     log.log_eval("digits", Result(Score(nats=64.0, symbols=64.0, dims=64.0), mode="row"), step=5, tokens=500)
     log.log_eval("wine", OfReals(Score(nats=-13.0, symbols=130.0), mode="row"), step=5, tokens=500)
     text, image, reals = rows(tmp_path, "eval")
-    assert {key for key in reals if key.startswith("eval/")} == {"eval/wine/loss"}
+    assert {key for key in reals if key.startswith("eval/")} == {"eval/wine/loss", "eval/wine/kl"}
+    assert text["eval/valid/kl"] == 0.25
     assert text["eval/valid/loss"] == 2.0
     assert text["eval/valid/perplexity"] == pytest.approx(math.exp(2.0))
     assert text["eval/valid/word_perplexity"] == pytest.approx(math.exp(10.0))

@@ -9,7 +9,7 @@ import pytest
 
 from lmtrain.data import images
 from lmtrain.errors import InputError
-from lmtrain.likelihood.plots import Curve, Panel, histogram, lines
+from lmtrain.likelihood.plots import Curve, Panel, histogram, lines, maps
 
 BLUE, RED, GREEN = (0, 114, 178), (213, 94, 0), (0, 158, 115)
 
@@ -72,3 +72,30 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         histogram(tmp_path / "file" / "x.png", {"a": [1.0, 2.0]})
     assert not (tmp_path / "x.png").exists()
+
+
+def test_planes_share_one_scale_and_stand_upright(tmp_path: Path) -> None:
+    low, high = np.zeros((20, 20)), np.zeros((20, 20))
+    low[:, :] = 0.5
+    high[:10] = 1.0  # the rows of small y, which are drawn below
+    maps(tmp_path / "a.png", {"half": low, "lower": high}, extent=(0, 1, 0, 1))
+    pixels_HWC = read(tmp_path / "a.png").astype(int)
+
+    def near(colour: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+        return np.nonzero((np.abs(pixels_HWC - np.array(colour)) <= 4).all(-1))
+
+    full, none, half = near((253, 231, 37)), near((68, 1, 84)), near((33, 145, 140))  # viridis at 1, 0 and 1/2
+    assert min(map(len, (full[0], none[0], half[0]))) > 1000
+    assert full[0].mean() > none[0].mean(), "row 0 is at the bottom"
+    assert full[1].min() > half[1].max(), "side by side, on one scale"
+    with pytest.raises(InputError, match="nothing to plot"):
+        maps(tmp_path / "b.png", {}, extent=(0, 1, 0, 1))
+
+
+def test_words_in_the_place_of_numbers(tmp_path: Path) -> None:
+    curve = Curve([0, 1], [1.0, 2.0])
+    lines(tmp_path / "a.png", Panel({"a": curve}))
+    lines(tmp_path / "b.png", Panel({"a": curve}, ticks=["few", "many"]))
+    same = read(tmp_path / "a.png") == read(tmp_path / "b.png")
+    assert same[: same.shape[0] * 3 // 4].mean() > 0.95
+    assert not same.all()
