@@ -100,10 +100,10 @@ AWKWARD = {
     "text": "A model gives every symbol its probability. ▁ é\u0301 \U0001f600\n".encode(),
     "invalid utf-8": b"\xc3(\xed\xa0\x80\xf4\x90\x80\x80 ok \x80",
     "special": b"</s><unk><0x41>\xe2\x96\x81",
-    "code": Path(__file__).read_bytes()[:120],
-    "png": png()[:120],
-    "random": np.random.default_rng(1).bytes(100),
-    "zeros": bytes(120),
+    "code": Path(__file__).read_bytes()[:60],
+    "png": png()[:60],
+    "random": np.random.default_rng(1).bytes(50),
+    "zeros": bytes(60),
 }
 
 

@@ -6,10 +6,7 @@ Every training is a process of its own, started as a user would start it; what i
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import json
-import lzma
 import math
 import os
 import shutil
@@ -17,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from lmtrain.data.corpus import PreparedCorpus, open_corpus
 from lmtrain.errors import EngineError
 from lmtrain.inference.result import Result
 from lmtrain.journal import METRICS
+from lmtrain.likelihood.rivals import sizes
 from lmtrain.protocol import Place
 
 WARMUP = 20
@@ -74,11 +72,8 @@ IMAGES: dict[str, Any] = {
     "optimizer": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0},
     "eval": {"max_symbols": None},
 }  # fmt: skip
-COMPRESSORS: dict[str, Callable[[bytes], int]] = {
-    "gzip -9": lambda raw: len(gzip.compress(raw, 9, mtime=0)),
-    "bzip2 -9": lambda raw: len(bz2.compress(raw, 9)),
-    "xz -9e": lambda raw: len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)),
-}
+RIVALS = ("gzip -9", "bzip2 -9", "xz -9e")
+"""Those that are on every machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +193,7 @@ def _compressors(corpus: PreparedCorpus, split: str) -> dict[str, float]:
     """Bits per byte of the split's raw text, compressed in one piece."""
     part = corpus.split(split)
     raw = corpus.decode(part.read(0, part.symbols).tolist())
-    return {name: 8 * size(raw) / len(raw) for name, size in COMPRESSORS.items()}
+    return {name: 8 * size / len(raw) for name, size in sizes(raw, RIVALS).items()}
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
