@@ -104,6 +104,11 @@ def _plain(rates: list[float], decays: list[float]) -> dict[str, Tree]:
     return {f"plain-{label}": {"optimizer.eps": 1.0, **keys} for label, keys in _rated(rates, decays).items()}
 
 
+def _long(steps: int, grid: dict[str, Tree]) -> dict[str, Tree]:
+    """More steps than the task's: for candidates whose decay lets them learn on."""
+    return {f"long-{label}": {"train.steps": steps, **keys} for label, keys in grid.items()}
+
+
 def _stopped(steps: int, every: int, patience: int) -> Tree:
     return {"train.steps": steps, "train.eval_every": every, "train.patience": patience}
 
@@ -125,7 +130,7 @@ GRIDS = {
         "fvsbn": _rated([0.005], [3.0]) | _plain([30.0], [0.0]) | _plain([100.0], [0.0001]),
         "made": _rated([0.005], [1.0, 3.0]),
         "made-masks": _rated([0.005], [3.0]),
-        "nade": _rated([0.01], [0.3, 1.0, 3.0]) | _plain([50.0], [0.0]),
+        "nade": _rated([0.01], [0.3, 1.0, 3.0]) | _long(1500, _rated([0.01], [2.0, 3.0])) | _plain([50.0], [0.0]),
     },
 }
 """What is tried of each model of bits: rates and decays. The fewer the records, the more decay."""
