@@ -74,7 +74,7 @@ def questions(given: argparse.Namespace) -> list[Question]:
                  ("@permuted", "@constant", "@noise"),
                  ("digits -> permuted", "digits -> constant", "digits -> noise"),
                  {"optimizer": {**COMMON["optimizer"], "lr": 5e-3}, "schedule": {"kind": "cosine", "warmup": 10}}),
-        Question("sotu", {"source": {"kind": "sotu"}, "tokenizer": tokenizer}, GPT, 8, 290, 0.1, 100,
+        Question("sotu", {"source": {"kind": "sotu"}, "tokenizer": tokenizer}, GPT, 8, 290, 0.1, 160,
                  (code, "@shuffled"), ("sotu -> source code", "sotu -> shuffled words"),
                  {"optimizer": MUON, "schedule": {"kind": "wsd", "warmup": 0.02, "decay": 0.5, "min_lr": 0.0}},
                  ("--piece", "1000")),
