@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 
 from lmtrain import errors, models
 from lmtrain.console import Console
+from lmtrain.data.known import KINDS as KNOWN_KINDS
 from lmtrain.data.layout import KINDS
 from lmtrain.data.record_sources import KINDS as RECORD_KINDS
 from lmtrain.fleet import COLUMNS, Fleet, WatchConfig
@@ -207,7 +208,7 @@ def kinds_named(source: str, kinds: set[str]) -> set[str]:
 
 
 def test_what_trains_and_scores_names_no_model_and_no_kind_of_corpus() -> None:
-    kinds = {*models.kinds(), *KINDS, *RECORD_KINDS}
+    kinds = {*models.kinds(), *KINDS, *RECORD_KINDS, *KNOWN_KINDS}
     assert {"gpt", "rnn", "text", "image", "table", "digits"} <= kinds
     package = ROOT / "lmtrain"
     blind = [package / name for name in ("train.py", "data/order.py", "data/loader.py", "inference/score.py")]

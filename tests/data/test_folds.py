@@ -14,7 +14,9 @@ from lmtrain.data.folds import refold, seen_by_tokenizer
 from lmtrain.data.loader import DataConfig
 from lmtrain.data.prepare import PrepareConfig, prepare
 from lmtrain.errors import ConfigError, CorpusError
+from lmtrain.inference.score import EvalConfig, evaluate
 from tests.house import texts
+from tests.inference.hand_models import Bigram
 
 
 def made(folder: Path, name: str, **more: Any) -> Any:
@@ -92,3 +94,17 @@ def test_a_held_out_bucket_that_the_tokenizer_saw_is_told(tmp_path: Path) -> Non
         tokenizer={"path": str(tmp_path / "trained" / "tokenizer")},
     )
     assert "100 of the 200 buckets of split 'valid'" in (seen_by_tokenizer(other.manifest, "valid") or "")
+
+
+def test_a_score_of_what_the_tokenizer_saw_carries_the_warning(tmp_path: Path) -> None:
+    trained = made(tmp_path, "trained", tokenizer={"kind": "characters"})
+    model = Bigram(trained.alphabet, seed=0)
+
+    def scored(corpus: Any, split: str) -> Any:
+        return evaluate(model, corpus.split(split), corpus, config=EvalConfig(), context=16)
+
+    plain, seen = scored(trained, "valid"), scored(refold(trained, folds=4, fold=2), "test")
+    assert plain.warning is None
+    assert "WARNING" not in plain.describe()
+    assert "may be too good" in seen.describe()
+    assert seen.to_json()["warning"] == seen.warning
