@@ -54,7 +54,10 @@ def table(result: Mapping[str, Any]) -> str:
         )
         lines += [f"    diverged: {text}" for text in row["failed"]]
     if len(result["candidates"]) > 1:
-        if result["rule"] == "one-se":
+        best = next(row for row in result["candidates"] if row["label"] == result["best"])
+        if result["rule"] == "one-se" and best["valid"]["se"] is None:
+            lines.append("  chosen: the lowest mean, for want of a standard error (fewer than 10 documents or blocks)")
+        elif result["rule"] == "one-se":
             lines.append(f"  chosen: the simplest with a mean of at most {result['limit']:.4f}, the best's plus one SE")
         else:
             lines.append("  chosen: the lowest mean")
@@ -143,7 +146,8 @@ def _draw_grid(path: Path, result: Mapping[str, Any]) -> None:
         if any(gap is not None for gap in gaps):
             train = [math.nan if gap is None else value - gap for value, gap in zip(held, gaps, strict=True)]
             shown["train, at the same steps"] = plots.Curve(places, train, points=True)
-        if result["rule"] == "one-se":
+        known = next(row["valid"]["se"] for row in result["candidates"] if row["label"] == result["best"]) is not None
+        if result["rule"] == "one-se" and known:
             shown["best + one SE"] = plots.Curve([0, max(places[-1], 1)], [result["limit"]] * 2)
         here = [place for place, row in enumerate(these) if row["label"] == result["chosen"]]
         panels.append(
