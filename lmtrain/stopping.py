@@ -5,16 +5,18 @@ A handler that saved would deadlock: launchers signal the ranks one after the ot
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from lmtrain.errors import EngineError
 from lmtrain.protocol import Engine
@@ -100,6 +102,21 @@ class _Outliving(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, with what Python does at an exit but for taking itself down.
+
+    gloo's threads may still hold tensors of the last collectives; when one of them lets go of a tensor while Python is
+    being taken down, the process aborts ("terminate called without an active exception"), and launchers take a rank
+    that was done for one that failed.
+    """
+    atexit._run_exitfuncs()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:

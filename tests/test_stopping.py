@@ -206,3 +206,23 @@ def test_the_fake_engine_is_collective() -> None:
     """What the tests above rest on: nobody passes `agree` before all have come."""
     ranks: list[FakeEngine] = engines(3)
     assert on_all(ranks, lambda e: e.agree(e.rank)) == [2, 2, 2]
+
+
+def test_leaving_loses_no_word_and_runs_what_was_registered() -> None:
+    """But no thread is waited for, and the interpreter is not taken down."""
+    script = """
+        import atexit, sys, threading, time
+        from lmtrain.stopping import leave
+        class Last:
+            def __del__(self):
+                print("taken down", flush=True)
+        kept = Last()
+        atexit.register(lambda: print("registered"))
+        threading.Thread(target=time.sleep, args=(1000,)).start()
+        sys.stdout.write("said ")
+        leave(75)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (75, "said registered\n", "")

@@ -26,12 +26,13 @@ def train(context: typer.Context, config: ConfigPath, overrides: Overrides = Non
         prefix.begin(os.environ.get("RANK", "?"))
     private.take(os.environ, local_rank=context.obj["local_rank"])
 
-    from lmtrain import place, run, schema
+    from lmtrain import place, run, schema, stopping
 
     where = place.find(os.environ, local_rank=context.obj["local_rank"])
-    raise typer.Exit(
-        run.train_run(schema.load(config, overrides or [], environment=os.environ), where, environment=os.environ)
-    )
+    code = run.train_run(schema.load(config, overrides or [], environment=os.environ), where, environment=os.environ)
+    if where.world > 1:
+        stopping.leave(code)
+    raise typer.Exit(code)
 
 
 @app.command()
