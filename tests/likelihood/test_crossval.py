@@ -14,6 +14,7 @@ from lmtrain.likelihood.crossval import interval_se
 from tests.house import config, lmtrain, texts
 
 KEYS = (
+    "engine.kind=plain",
     "train.steps=4",
     "train.eval_every=2",
     "data.global_batch=4",
@@ -34,7 +35,7 @@ def evaluated(run: Path, split: str) -> Any:
     return json.loads(ran.out)[split]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_folds_are_trained_once_resumed_inside_and_summed_up(tmp_path: Path) -> None:
     texts(tmp_path / "text", documents=60)
     path, out = config(tmp_path), tmp_path / "out"
