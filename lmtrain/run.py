@@ -34,6 +34,7 @@ from lmtrain.train import Parts, ending, train
 def train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str]) -> int:
     """Train as `config` says, at `place` among the ranks. Returns the exit code: 0, or EXIT_STOPPED."""
     need_train(config)
+    config.data.layout(place.world)  # what is wrong with the config itself is said before anybody is waited for
     if place.world == 1:
         return _train_run(config, place, environment=environment)
     stopping.die_with_parent()
