@@ -150,7 +150,7 @@ def test_every_case(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.exhaustive) for s in (0, 1, 2)), 3])
 def test_variants_are_plain(plain: Any, tmp_path: Path, stage: int) -> None:
     """Frozen and tied parameters, buffers, recomputed activations, offloaded optimizer state."""
     names = [n for n, case in VARIANTS.items() if stage > 0 or "offload" not in case]
@@ -183,7 +183,7 @@ def test_every_kind_is_plain(plain: Any, tmp_path: Path, stage: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2)), 3])
 def test_bf16_is_plain_bf16(plain: Any, tmp_path: Path, stage: int) -> None:
     """Sums over two ranks round in bf16 where plain's are of one rank: within a few of its steps of 2^-8."""
     todo = [case for case in cases(2, list(LOW)) if case["micro"] == 3]

@@ -93,7 +93,7 @@ def _said(place: Place, folder: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.exhaustive), 3])
 def test_no_rank_waits_longer_than_the_time_out(stage: int) -> None:
     """DeepSpeed's own groups included: they wait 30 minutes unless told."""
     first, _ = spawn("tests.engine.test_zero:pause", world=2, stage=stage, seconds=6.0)
