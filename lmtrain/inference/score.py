@@ -131,7 +131,7 @@ def evaluate(
     device: where rows go; default the model's first parameter's. progress: told (calls done, calls of this rank).
     temperature: of every symbol's distribution (temperature.py). alone: each document from its own beginning, whatever
         stands before it. documents_N: int64, of records or with `alone` only these. observe: told every call and its
-        log-probabilities, whose symbols of weight 0 say nothing. tell_groups: told, at last, the float64 [G, J] sums of
+        log-probabilities, whose symbols of weight 0 say nothing. tell_groups: told, at last, the float64 [G, 4] sums of
         nats, symbols, bytes and lines over each group of units that the interval is drawn from.
 
     Raises ConfigError when mode, context or stride do not fit the model or the corpus; CorpusError when symbols and the
@@ -167,7 +167,7 @@ def evaluate(
     )
     mode = "alone" if isinstance(cut, Alone) else found.mode
     if tell_groups is not None:
-        tell_groups(sums_GJ)
+        tell_groups(sums_GJ[:, [NATS, SYMBOLS, BYTES, LINES]])
     return replace(found, mode=mode, temperature=temperature)
 
 

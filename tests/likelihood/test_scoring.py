@@ -97,6 +97,27 @@ def test_batches_change_nothing(runs: Path) -> None:
         np.testing.assert_array_equal(one.symbols_U, many.symbols_U)
 
 
+def test_groups_of_units_add_up_to_the_whole(runs: Path) -> None:
+    """What intervals and comparisons are made of: nats, symbols, and the bytes of a text."""
+    for run in ("digits", "run-text", "wine"):
+        opened = use.open_run(runs / run)
+        found = score_set(opened, open_set(opened, "own:test", split="x"))
+        whole = found.result.score
+        assert found.groups_GJ.sum(0).tolist() == pytest.approx([whole.nats, whole.symbols, whole.bytes], rel=1e-12)
+
+
+def test_a_text_run_is_compared_in_bits_per_byte(runs: Path) -> None:
+    """Against itself: both sides are what `eval` says, and nothing is gained."""
+    ran = lmtrain("compare-scores", runs / "run-text", runs / "run-text", "--split", "test", "--json")
+    assert ran.code == 0, ran.err
+    (told,) = json.loads(ran.out)
+    own = json.loads(lmtrain("eval", runs / "run-text", "--split", "test", "--json").out)["test"]
+    assert told["measure"] == "bits per byte"
+    for side in ("a", "b"):
+        assert told[side][0]["value"] == pytest.approx(own["bits_per_byte"], rel=1e-9)
+    assert told["gain"] == 0
+
+
 def test_a_document_alone_is_read_from_its_own_beginning(runs: Path) -> None:
     """Against streams, which read one symbol at a time; the documents are longer than the context."""
     opened = use.open_run(runs / "run-text")
