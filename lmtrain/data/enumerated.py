@@ -7,19 +7,19 @@ Shapes in names: X records of the space, D symbols of a record, V symbols of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lmtrain.data.memory_records import RecordSplit
-from lmtrain.errors import CorpusError, InputError
+from lmtrain.data.memory_records import RecordCorpus, RecordSplit
+from lmtrain.errors import CorpusError
 from lmtrain.meaning import Known, Measure
 from lmtrain.protocol import Split
 
 
-class Enumerated:
+class Enumerated(RecordCorpus):
     """A corpus (protocol.Corpus) of one split, `space`: the records x_XD in order, weighted by exp(logp_X).
 
     Records whose weight is 0 in float32 are left out. bos: the reserved start, = V. known, meaning: as of a corpus.
@@ -33,7 +33,7 @@ class Enumerated:
     def __init__(self, x_XD: np.ndarray, logp_X: np.ndarray, *, bos: int, known: Known | None, meaning: str) -> None:
         weight_X = np.exp(logp_X).astype(np.float32)
         self._x_XD, self._weight_X = x_XD[weight_X > 0].astype(np.int64), weight_X[weight_X > 0]
-        self.path: PurePath = Path("enumerated")
+        self.path = Path("enumerated")
         self.fingerprint, self.meaning, self.known = "enumerated", meaning, known
         self.alphabet = self.bos = bos
         self.record: int | None = x_XD.shape[1]
@@ -41,25 +41,8 @@ class Enumerated:
         self.manifest: Mapping[str, Any] = {"kind": self.kind, "tokenizer": None}
         self.symbol_dims = 1
 
-    @property
-    def symbol_bytes_V(self) -> np.ndarray:
-        """int64 [V] zeros: records do not stand for bytes."""
-        return np.zeros(self.alphabet, np.int64)
-
-    def pieces(self) -> list[bytes]:
-        """None: records do not stand for bytes."""
-        return []
-
     def split(self, name: str = "space") -> Split:
         """The one split."""
         if name != "space":
             raise CorpusError(f"an enumerated space has no split {name!r}; it has one, 'space'")
         return RecordSplit("space", self._x_XD, bos=self.bos, weight_N=self._weight_X)
-
-    def decode(self, symbols: Sequence[int]) -> bytes:
-        """InputError: records are not text."""
-        raise InputError("records cannot be decoded to text")
-
-    def encode(self, raw: bytes) -> np.ndarray:
-        """InputError: records are not text."""
-        raise InputError("text cannot be encoded to records")

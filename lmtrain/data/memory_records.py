@@ -73,7 +73,31 @@ class RecordSplit:
         return np.arange(1, self.documents + 1, dtype=np.int64) * self._size
 
 
-class MemoryRecords:
+class RecordCorpus:
+    """What a corpus of records in memory answers to questions about text."""
+
+    path: PurePath
+    alphabet: int
+
+    @property
+    def symbol_bytes_V(self) -> np.ndarray:
+        """int64 [V] zeros: records do not stand for bytes."""
+        return np.zeros(self.alphabet, np.int64)
+
+    def pieces(self) -> list[bytes]:
+        """None: records do not stand for bytes."""
+        return []
+
+    def decode(self, symbols: Sequence[int]) -> bytes:
+        """InputError: records are not text."""
+        raise InputError(f"{self.path} holds records, which cannot be decoded to text")
+
+    def encode(self, raw: bytes) -> np.ndarray:
+        """InputError: records are not text."""
+        raise InputError(f"{self.path} holds records, which text cannot be encoded to")
+
+
+class MemoryRecords(RecordCorpus):
     """A corpus (protocol.Corpus) of one split, `data`: records of the same shape and symbols as those of `like`."""
 
     known: Known | None = None  # whoever made them, they were not drawn from the source of `like`
@@ -101,7 +125,7 @@ class MemoryRecords:
             x_ND = x_ND.astype(np.float32)
             if not np.isfinite(x_ND).all():
                 raise InputError(f"{name} has numbers that are not finite")
-        self.path: PurePath = Path(name)
+        self.path = Path(name)
         self.kind, self.alphabet, self.bos = like.kind, like.alphabet, like.bos
         self.grid, self.record, self.unit = like.grid, like.record, like.unit
         self.labels = like.labels
@@ -118,25 +142,8 @@ class MemoryRecords:
         """That of the corpus whose records they are like."""
         return self._meaning
 
-    @property
-    def symbol_bytes_V(self) -> np.ndarray:
-        """int64 [V] zeros: records do not stand for bytes."""
-        return np.zeros(self.alphabet, np.int64)
-
-    def pieces(self) -> list[bytes]:
-        """None: records do not stand for bytes."""
-        return []
-
     def split(self, name: str = "data") -> RecordSplit:
         """The one split, called `data`."""
         if name != "data":
             raise CorpusError(f"{self.path} was not prepared and has no split {name!r}; it has one, 'data'")
         return self._split
-
-    def decode(self, symbols: Sequence[int]) -> bytes:
-        """InputError: records are not text."""
-        raise InputError(f"{self.path} holds records, which cannot be decoded to text")
-
-    def encode(self, raw: bytes) -> np.ndarray:
-        """InputError: records are not text."""
-        raise InputError(f"{self.path} holds records, which text cannot be encoded to")

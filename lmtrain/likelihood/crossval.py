@@ -27,6 +27,7 @@ from lmtrain import use
 from lmtrain.config import dump
 from lmtrain.corpora import folded, prepare_corpus
 from lmtrain.data.corpus import PreparedCorpus, open_corpus
+from lmtrain.data.folds import seen_by_tokenizer
 from lmtrain.data.layout import write_file
 from lmtrain.data.remote import is_url
 from lmtrain.errors import EXIT_STOPPED, ConfigError, DivergenceError, EngineError, InputError
@@ -173,8 +174,6 @@ class _Work:
         return folded(open_corpus(first, remote=config.data.remote, note=self.note), config.data)
 
     def _seen(self, corpus: Corpus, fold: int | None) -> str | None:
-        from lmtrain.data.folds import seen_by_tokenizer
-
         for name in (self.split, "test"):
             if words := seen_by_tokenizer(corpus.manifest, name):
                 return words if fold is None else f"fold {fold}: {words}"
