@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lmtrain.data.corpus import open_corpus
 from lmtrain.likelihood.crossval import interval_se
 from tests.house import config, lmtrain, texts
 
@@ -105,6 +106,44 @@ def test_a_grid_on_the_published_split_chooses_on_valid_and_scores_test_once(tmp
     assert {Path(name).name for name in result["files"]} >= {"grid.png", "curves.png"}
     best, _ = crossval(path, "--published", *grid, "--rule", "best", "--out", out)
     assert best["chosen"] == trained["label"]
+
+
+@pytest.mark.slow
+def test_each_fold_trains_its_own_tokenizer_and_one_that_saw_the_held_out_is_told(tmp_path: Path) -> None:
+    """Every document has a letter of its own: an alphabet names the documents that it is of."""
+    letters = [chr(0x4E00 + at) for at in range(60)]
+    for file, letter in zip(sorted(texts(tmp_path / "text", documents=60).iterdir()), letters, strict=True):
+        file.write_text(f"{letter} {file.read_text()}", encoding="utf-8")
+    path = config(tmp_path)
+    own = "prepare.tokenizer.kind=characters"
+    result, said = crossval(path, own, "--folds", 3, "--out", tmp_path / "out")
+    assert (result["way"], result["warnings"]) == ("tokenizer", [])
+    assert "warning" not in said
+    held: list[str] = []
+    for fold, value in enumerate(result["test"]["bits_per_byte"]["values"], start=1):
+        corpus = open_corpus(tmp_path / f"corpus-fold{fold}of3")
+        has = {
+            name: {one for one in letters if one in corpus.decode(part.read(0, part.symbols).tolist()).decode("utf-8")}
+            for name in ("train", "valid", "test")
+            for part in [corpus.split(name)]
+        }
+        seen = {chr(point) for point in json.loads(corpus.tokenizer.content)["code_points"]} & set(letters)
+        assert seen == has["train"], "the alphabet is that of the fold's train split alone"
+        run = tmp_path / "out" / "runs" / result["candidates"][0]["runs"][fold - 1]
+        assert evaluated(run, "test")["bits_per_byte"] == pytest.approx(value, rel=1e-12)
+        held += has["test"]
+    assert sorted(held) == letters, "every document is held out once"
+
+    ready = [
+        own,
+        f"prepare.tokenizer.path={tmp_path / 'corpus-fold1of3' / 'tokenizer'}",
+        f"data.corpus={tmp_path / 'ready'}",
+    ]
+    result, said = crossval(path, *ready, "--folds", 3, "--out", tmp_path / "other")
+    assert result["way"] == "buckets"
+    assert [words.partition(":")[0] for words in result["warnings"]] == ["fold 2", "fold 3"]
+    assert said.count("warning: fold") == 2
+    assert "warning" in evaluated(tmp_path / "other" / "runs" / result["candidates"][0]["runs"][2], "test")
 
 
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
