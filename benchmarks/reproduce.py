@@ -117,19 +117,19 @@ GRIDS = {
     "dna": {
         "fvsbn": _rated([0.02], [0.3, 1.0]),
         "made": _rated([0.005], [1.0]) | _direct([0.01, 0.02], [0.3]),
-        "made-masks": _direct([0.01], [0.1]),
+        "made-masks": _direct([0.01], [0.1]) | _long(8000, _direct([0.01], [0.1])),
         "nade": _rated([0.01], [0.05, 0.2]),
     },
     "mushrooms": {
         "fvsbn": _rated([0.02], [0.03, 0.1]),
         "made": _rated([0.005], [0.03, 0.1]),
-        "made-masks": _rated([0.005], [0.03]),
+        "made-masks": _rated([0.005], [0.03]) | _long(8000, _direct([0.01], [0.03])),
         "nade": _rated([0.01], [0.01, 0.03]),
     },
     "nips": {
         "fvsbn": _rated([0.005], [3.0]) | _plain([30.0], [0.0]) | _plain([100.0], [0.0001]),
         "made": _rated([0.005], [1.0, 3.0]),
-        "made-masks": _rated([0.005], [3.0]),
+        "made-masks": _rated([0.005], [3.0]) | _long(4000, _rated([0.005], [3.0])),
         "nade": _rated([0.01], [0.3, 1.0, 3.0]) | _long(1500, _rated([0.01], [2.0, 3.0])) | _plain([50.0], [0.0]),
     },
 }

@@ -86,20 +86,10 @@ def anomaly(
             if not as_json:
                 print(asking.table(told, settings), flush=True)
     if out is not None:
-        rows = [
-            {"run": told.run, "role": role, **row}
-            for told in found
-            for role, units in told.units.items()
-            for row in units
-        ]
-        scorefile.write_rows(out, {"lmtrain_anomaly": 1, "directions": [told.to_json() for told in found]}, rows)
+        asking.write_units(out, found)
         say(f"written: {out}")
     if histogram is not None:
-        shown = {f"inside {found[0].inside}": [row["nll"] for row in found[0].units["inside"]]}
-        for told in found:
-            if told.run == found[0].run:
-                shown[f"outside {told.outside}"] = [row["nll"] for row in told.units["outside"]]
-        plots.histogram(histogram, shown, title=str(folder), x_label="nats")
+        plots.histogram(histogram, asking.nats_by_set(found), title=str(folder), x_label="nats")
         say(f"written: {histogram}")
     if as_json:
         print_json(strict([told.to_json() for told in found]))

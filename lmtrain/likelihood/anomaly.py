@@ -20,7 +20,7 @@ import numpy as np
 from lmtrain.errors import CheckpointError, InputError
 from lmtrain.inference import anomaly
 from lmtrain.inference.cut import mix
-from lmtrain.likelihood import controls, sets
+from lmtrain.likelihood import controls, scorefile, sets
 from lmtrain.likelihood.scoring import score_set
 from lmtrain.likelihood.sets import Set
 from lmtrain.use import Opened
@@ -265,6 +265,21 @@ def names_swapped(opened: Opened, inside: str, split: str) -> str:
     if head == sets.OWN and not Path(inside).exists():
         return f"{opened.corpus.path}:{tail or split}"
     return inside
+
+
+def write_units(path: Path, found: Sequence[Direction]) -> None:
+    """Every unit's scores in every direction, as a .jsonl or .parquet file with the summaries at its head."""
+    rows = [
+        {"run": told.run, "role": role, **row} for told in found for role, units in told.units.items() for row in units
+    ]
+    scorefile.write_rows(path, {"lmtrain_anomaly": 1, "directions": [told.to_json() for told in found]}, rows)
+
+
+def nats_by_set(found: Sequence[Direction]) -> dict[str, list[float]]:
+    """Nats of each unit under the first direction's run, by set: its inside, and whatever was outside."""
+    mine = [told for told in found if told.run == found[0].run]
+    out = {f"inside {mine[0].inside}": [row["nll"] for row in mine[0].units["inside"]]}
+    return out | {f"outside {told.outside}": [row["nll"] for row in told.units["outside"]] for told in mine}
 
 
 def table(found: Direction, settings: Settings) -> str:
