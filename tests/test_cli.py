@@ -99,6 +99,7 @@ def test_checkpoints_are_listed_verified_and_exported(run, tmp_path):
     assert damaged.name in ran.out
 
 
+@pytest.mark.slow
 def test_going_on_from_every_step_ends_in_the_same_numbers(trained, tmp_path):
     """What was killed after step k and started again ends as the run that was never interrupted, to the last bit."""
     whole = {row["step"]: row for row in _rows(trained / "runs" / "tiny")}

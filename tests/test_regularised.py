@@ -108,6 +108,7 @@ def test_sections_that_do_not_agree(sections: dict[str, Any], words: str) -> Non
         build(RunConfig, TINY | sections, where="test")
 
 
+@pytest.mark.slow
 def test_a_run_stops_early_and_keeps_its_best(trained: Path, tmp_path: Path) -> None:
     """Interrupted and resumed it stops at the same step; the best one outlives the rotation of two checkpoints."""
     corpus = {"data": {"corpus": str(trained / "corpus")}}

@@ -202,6 +202,7 @@ def test_not_where_the_batch_does_not_divide(cluster, monkeypatch):
     assert len(calls(folder, "deepspeed")) == 1
 
 
+@pytest.mark.slow  # restarts wait longer each time
 @pytest.mark.parametrize(("code", "starts"), [(5, 3), (137, 3), (2, 1), (6, 1), (75, 1)])
 def test_what_is_worth_another_start(cluster, code, starts):
     folder, wish, environment = cluster

@@ -77,6 +77,7 @@ def test_enumeration_evaluator_and_samples_agree(tmp_path: Path) -> None:
     assert "from samples" in words
 
 
+@pytest.mark.slow
 def test_two_models_of_text_and_what_has_no_source(tmp_path: Path) -> None:
     texts(tmp_path / "text")
     path = config(tmp_path)
