@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lmtrain.commands.options import AsJson, RunPath, Which, WhichWeights, print_json, say
+from lmtrain.commands.options import AsJson, RunPath, WhichWeights, print_json, say
 from lmtrain.commands.scoring import Limit, Piece, SplitName
 from lmtrain.errors import InputError
 
@@ -22,7 +22,9 @@ def anomaly(
         typer.Option("--outside", help="what is to be found: a set, or @permuted, @constant, @noise, @shuffled"),
     ],
     inside: Annotated[str, typer.Option("--inside", help="what is usual")] = "own:test",
-    calibrate: Annotated[str, typer.Option("--calibrate", help="inside units that set thresholds")] = "own:valid",
+    calibrate: Annotated[
+        str, typer.Option("--calibrate", help="inside units that set thresholds; of --reverse its own:valid")
+    ] = "own:valid",
     background: Annotated[
         Path | None, typer.Option("--background", help="a run trained with data.view.corrupt")
     ] = None,
@@ -43,7 +45,10 @@ def anomaly(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="each unit's scores: .jsonl or .parquet")] = None,
     histogram: Annotated[Path | None, typer.Option("--histogram", help="nats of inside and outside: a PNG")] = None,
     weights: WhichWeights = None,
-    checkpoint: Which = "last",
+    checkpoint: Annotated[
+        str,
+        typer.Option("--checkpoint", "-c", help="of both runs: last, best or a step; of background models the last"),
+    ] = "last",
     as_json: AsJson = False,
 ) -> None:
     """Tell what is outside of a run's data by its likelihood, beside controls that need no model."""
@@ -54,6 +59,8 @@ def anomaly(
 
     if out is not None:
         scorefile.check_name(out)
+    if histogram is not None:
+        plots.check_name(histogram)
     if not 0 < fpr < 1:
         raise InputError(f"--fpr {fpr:g} is no rate between 0 and 1")
     if reverse is None and reverse_background is not None:

@@ -49,6 +49,8 @@ def score(
         scorefile.check_name(out)
     elif per_symbol:
         raise InputError("--per-symbol writes a number a symbol; say where to by --out FILE.jsonl or FILE.parquet")
+    if histogram is not None:
+        plots.check_name(histogram)
     opened = open_run(folder, checkpoint=checkpoint, overrides=only_eval(override), weights=weights)
     held = [open_set(opened, each, split=split, piece=piece, limit=limit) for each in sets or [f"{OWN}:{split}"]]
     if len({each.name for each in held}) < len(held):

@@ -91,9 +91,11 @@ def _chi_square(logp_X: np.ndarray, logq_X: np.ndarray) -> float:
     some = logq_X > -np.inf
     if (logp_X[~some] > -np.inf).any():
         return math.inf
-    with np.errstate(over="ignore"):
-        ratio_X = np.exp(logp_X[some] - logq_X[some])
-        return float(((ratio_X - 1) ** 2 * np.exp(logq_X[some])).sum())
+    p_X, q_X = logp_X[some], logq_X[some]
+    with np.errstate(over="ignore", invalid="ignore"):
+        # (p / q - 1)^2 q, and p^2 / q where p / q is beyond what can be squared.
+        near_X = (np.exp(p_X - q_X) - 1) ** 2 * np.exp(q_X)
+        return float(np.where(p_X - q_X < 300.0, near_X, np.exp(2 * p_X - q_X)).sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,8 +116,12 @@ def crossval(
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """One cross-validation at a time in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"results cannot be kept in {folder}: {error.strerror}; give --out another folder") from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -361,6 +366,15 @@ class _Outcome:
         }
 
 
+_BELOW = {
+    "bits_per_byte": "bytes",
+    "bits_per_dim": "symbols",
+    "nats_per_record": "records",
+    "nats_per_symbol": "symbols",
+}
+"""What each unit is divided by."""
+
+
 def test_of(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean and spread of every figure that all folds have, and the ratio of their sums where that is one."""
     out: dict[str, Any] = {}
@@ -372,10 +386,9 @@ def test_of(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         out[key] = Spread(tuple(numbers)).to_json()
         if len(results) == 1 and key in UNITS and math.isfinite(error := interval_se(results[0], key)):
             out[key]["se"] = error
-        below = {"bits_per_byte": "bytes", "nats_per_record": "records", "nats_per_symbol": "symbols"}.get(key)
-        if below is not None:
-            total = math.fsum(result["nats"] for result in results) / sum(result[below] for result in results)
-            out[key]["pooled"] = total / math.log(2) if key == "bits_per_byte" else total
+        if below := _BELOW.get(key):  # the mean of all held-out data together
+            weights = [result[below] for result in results]
+            out[key]["pooled"] = math.fsum(map(operator.mul, weights, numbers)) / sum(weights)
     return out
 
 

@@ -91,10 +91,16 @@ def compare(
         if told_classes(other.config) or _spec(other, length).context != spec.context:
             raise InputError(f"{second} is told a class, or reads records of another length than {first}")
         p, q = of_run(one, spec, str(first)), of_run(other, spec, str(second))
+    countable = bool(spec.alphabet) and spec.alphabet**spec.context <= MOST
+    if not countable and not samples:
+        raise InputError(
+            f"-n 0 draws nothing, and records of {spec.context} symbols have too many values to be counted out; give "
+            "-n 2000, or a shorter --length"
+        )
     result: dict[str, Any] = {"p": p.name, "q": q.name, "record": spec.context, "alphabet": spec.alphabet}
     result["entropy"] = known.entropy if known is not None and second is None else None
     result["entropy_rate"] = known.rate if known is not None and second is None else None
-    if spec.alphabet and spec.alphabet**spec.context <= MOST:
+    if countable:
         x_XD = divergence.space(spec.alphabet, spec.context)
         logp_X = p.log_prob(x_XD)
         result["exact"] = divergence.exact(logp_X, q.log_prob(x_XD)).to_json()

@@ -52,6 +52,12 @@ class Panel:
     ticks: Sequence[str] = ()
 
 
+def check_name(path: Path) -> None:
+    """InputError for a name that does not end in .png."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: pictures are PNG files; give a name that ends in .png")
+
+
 def lines(path: Path, *panels: Panel, title: str = "") -> None:
     """Panels side by side, written to `path` as PNG. InputError when there is no panel, or the file cannot be written.
 

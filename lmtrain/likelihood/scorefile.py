@@ -24,6 +24,9 @@ from lmtrain.likelihood.scoring import Scored
 VERSION = 1
 ENDINGS = (".jsonl", ".parquet")
 _KEY = b"lmtrain"
+_HEAD = ("set", "run", "content", "split", "how", "measure", "offset_per_record", "share", "unit", "units", "symbols",
+         "bytes", "groups")  # fmt: skip
+"""Of the head of a set: what a comparison reads."""
 
 
 def head_of(scored: Scored, *, run: str, step: int) -> dict[str, Any]:
@@ -111,11 +114,12 @@ def _parquet(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> byte
 
 def heads(path: Path) -> list[dict[str, Any]]:
     """The heads of the sets in a file of scores. InputError when it is none, or of another version."""
-    check_name(path)
     try:
         head = _head(path)
         version = head["lmtrain_scores"]
         sets: list[dict[str, Any]] = head["sets"]
+        if version == VERSION and not (sets and all(set(_HEAD) <= set(each) for each in sets)):
+            raise ValueError("heads of sets are missing, or not whole")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
@@ -128,6 +132,8 @@ def heads(path: Path) -> list[dict[str, Any]]:
 
 
 def _head(path: Path) -> Any:
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"the ending {path.suffix!r}")
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             return json.loads(file.readline())

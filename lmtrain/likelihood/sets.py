@@ -157,6 +157,8 @@ def _records(path: Path, like: Corpus) -> np.ndarray:
             array = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} cannot be read as an array: {error}") from None
+        if not array.size:
+            raise InputError(f"{path} is an array of shape {array.shape}: there is nothing in it to be scored")
         return np.asarray(array).reshape(len(array), -1) if array.ndim > 1 else np.asarray(array)
     if like.grid is None or not like.alphabet:
         raise InputError(f"{path}: the run reads {like.unit}s of {like.record} numbers; give an .npy file of them")

@@ -38,6 +38,9 @@ def test_what_one_side_calls_impossible() -> None:
     with np.errstate(divide="ignore"):
         found = exact(np.log(p), np.log(q))
     assert found.forward_kl == found.reverse_kl == found.chi_square == math.inf
+    steep = exact(np.array([0.0, -800.0]), np.array([-800.0, 0.0]))  # p / q is beyond float64, and q is 0 in it
+    assert steep.chi_square == math.inf
+    assert steep.hellinger == pytest.approx(1.0)
     assert found.jensen_shannon == pytest.approx(math.log(2) / 2)
     assert found.total_variation == pytest.approx(0.5)
     assert found.hellinger == pytest.approx(math.sqrt(0.5))

@@ -1,5 +1,6 @@
 """The entropy coder: exact both ways, within a word and a bit of the tables' own length, at any alphabet."""
 
+import constriction
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +49,23 @@ def test_what_went_in_comes_out_and_no_longer_than_the_tables_say(V, T, B, scale
     words, state_B, bits = coded(tables, x_TB)
     assert np.array_equal(decoded(tables, words, state_B), x_TB)
     assert bits - 1e-6 <= 16 * len(words) + 64 * B <= bits + 65 * B + 2e-5 * T * B
+
+
+@pytest.mark.parametrize(("V", "T", "scale"), [(2, 5000, 0.1), (2, 5000, 6), (256, 2000, 3), (20_000, 60, 4)])
+def test_constriction_codes_the_same_symbols_into_as_many_bits(V, T, scale):
+    """Another's numeral system with tables of its own (2^24, words of 32 bits)."""
+    draw = np.random.default_rng(V)
+    logp_TV = log_softmax(draw.normal(size=(T, V)) * scale)
+    x_T = (logp_TV + draw.gumbel(size=logp_TV.shape)).argmax(-1)
+    words, _, _ = coded([frequencies(row[None]) for row in logp_TV], x_T[:, None])
+    models = [constriction.stream.model.Categorical(np.exp(row), perfect=False) for row in logp_TV]
+    other = constriction.stream.stack.AnsCoder()
+    for x, model in zip(x_T[::-1].tolist(), models[::-1], strict=True):
+        other.encode_reverse(np.array([x], np.int32), model)
+    theirs, ours = other.num_bits(), 16 * len(words) + 64
+    assert [other.decode(model) for model in models] == x_T.tolist()
+    assert ours <= theirs + 64, "the larger tables are no longer, but for the state"
+    assert ours >= theirs * (1 - 2e-3) - 64, "nor can they be much shorter"
 
 
 @settings(max_examples=100, deadline=None)

@@ -182,6 +182,7 @@ def test_calibrating_halves_share_nothing() -> None:
         (("--outside", "@noise", "--batch", "50", "--limit", "40"), "fewer units than a batch"),
         (("--outside", "@noise", "--out", "a.csv"), "says no format"),
         (("--outside", "@noise", "--piece", "5"), "--piece 5 cuts text"),
+        (("--outside", "@noise", "--histogram", "a.pdf"), "a name that ends in .png"),
     ],
     ids=lambda v: " ".join(v[1:])[:30] if isinstance(v, tuple) else "",
 )

@@ -157,6 +157,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         (("--folds", "3", "--checkpoint", "7"), "give best or last"),
         (("--folds", "3", "--grid", "model.widht=1,2"), "unknown key 'widht'; did you mean 'width'?"),
         (("--folds", "2"), "data.folds = 2"),
+        (("--folds", "3", "--out", str(path / "below")), "give --out another folder"),
     ):
         ran = lmtrain("crossval", path, *arguments, "--out", tmp_path / "out")
         assert ran.code in (2, 7), ran.err

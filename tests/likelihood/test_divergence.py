@@ -98,6 +98,7 @@ def test_two_models_of_text_and_what_has_no_source(tmp_path: Path) -> None:
     for arguments, words in (
         ((one,), "is not known"),
         ((one, two, "--length", 99), "more than the 16 symbols"),
+        ((one, two, "--length", 2, "-n", 0), "too many values to be counted out; give -n"),
         ((one, two, "-n", 1), "one sample has no standard error"),
     ):
         ran = lmtrain("divergence", *arguments)

@@ -228,7 +228,12 @@ def test_comparisons_of_folders_and_files_agree(runs: Path, tmp_path: Path) -> N
         (("score", "wine", "--temperature", "2"), "density of real numbers"),
         (("score", "digits", "--set", "train.steps=3"), "only keys of eval"),
         (("compare-scores", "digits", "wine"), "did not score the same units"),
-        (("compare-scores", "digits", "text.txt"), "says no format"),
+        (("score", "digits", "none.npy"), "there is nothing in it to be scored"),
+        (("score", "digits", "--histogram", "a.txt"), "a name that ends in .png"),
+        (("compare-scores", "digits", "text.txt"), "text.txt is no file of scores"),
+        (("compare-scores", "digits", "nowhere"), "nowhere is no file of scores"),
+        (("compare-scores", "headless.jsonl", "headless.jsonl"), "is no file of scores"),
+        (("compare-scores", "hollow.jsonl", "hollow.jsonl"), "is no file of scores"),
         (("compare-scores", "digits", "bad.jsonl"), "is no file of scores"),
     ],
     ids=lambda v: "-".join(v)[:40] if isinstance(v, tuple) else "",
@@ -238,6 +243,9 @@ def test_what_is_refused(args: tuple[str, ...], match: str, runs: Path, monkeypa
     Path("text.txt").write_text("no image")
     Path("empty.txt").write_text("")
     Path("bad.jsonl").write_text('{"a": 1}\n')
+    Path("headless.jsonl").write_text('{"lmtrain_scores": 1, "sets": [{"set": "a"}]}\n')
+    Path("hollow.jsonl").write_text('{"lmtrain_scores": 1, "sets": []}\n')
+    np.save("none.npy", np.zeros((0, 64), np.uint8))
     np.save("small.npy", np.zeros((3, 5), np.uint8))
     np.save("high.npy", np.full((3, 64), 99, np.uint8))
     ran = lmtrain(*args)
