@@ -159,7 +159,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
         (("--folds", "2"), "data.folds = 2"),
         (("--folds", "3", "--out", str(path / "below")), "give --out another folder"),
     ):
-        ran = lmtrain("crossval", path, *arguments, "--out", tmp_path / "out")
+        ran = lmtrain("crossval", path, "--out", tmp_path / "out", *arguments)
         assert ran.code in (2, 7), ran.err
         assert words in ran.err
         assert len(ran.err.strip().splitlines()[-1:]) == 1
