@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from lmtrain.data.corpus import open_corpus
 from lmtrain.likelihood.crossval import interval_se
+from lmtrain.likelihood.crossval import test_of as score_of
 from tests.house import config, lmtrain, texts
 
 KEYS = (
@@ -28,6 +30,16 @@ def crossval(path: Path, *more: object) -> Any:
     ran = lmtrain("crossval", path, *KEYS, "--json", *more)
     assert ran.code == 0, ran.err
     return json.loads(ran.out), ran.err
+
+
+def test_all_folds_together_are_weighed_by_what_they_hold() -> None:
+    folds = [
+        {"nats": 20.0, "symbols": 10, "records": 2, "bits_per_dim": 2 / math.log(2) + 1, "nats_per_record": 10.0},
+        {"nats": 90.0, "symbols": 30, "records": 6, "bits_per_dim": 3 / math.log(2) + 1, "nats_per_record": 15.0},
+    ]
+    found = score_of(folds)
+    assert found["nats_per_record"]["pooled"] == pytest.approx(110 / 8)
+    assert found["bits_per_dim"]["pooled"] == pytest.approx(110 / 40 / math.log(2) + 1), "the units of the data stay"
 
 
 def evaluated(run: Path, split: str) -> Any:
