@@ -66,7 +66,7 @@ def _log_records(config: RunConfig, corpus: Corpus, engine: Engine, tracker: Tra
     with engine.evaluating(weights=config.eval.weights) as model:
         drawn = records.draw(model, spec=spec, config=settings, label_N=label_N)
     logp_N = -drawn.nats_NT.sum(1)
-    if corpus.grid is None:
+    if not pictures.can_show(corpus):
         values_ND = pictures.numbers(drawn.x_NT, corpus).tolist()
         rows = [[i, *values, logp] for i, (values, logp) in enumerate(zip(values_ND, logp_N.tolist(), strict=True))]
         tracker.samples(["sample", *(f"x{d}" for d in range(spec.context)), "log_prob"], rows, step=step)

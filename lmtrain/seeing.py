@@ -19,7 +19,7 @@ from lmtrain.errors import InputError
 from lmtrain.heldout import SAMPLES
 from lmtrain.inference.records import draw, surprisal
 from lmtrain.inference.sample import SampleConfig
-from lmtrain.protocol import LN2, Corpus, Spec
+from lmtrain.protocol import LN2, Corpus, Draws, Spec
 from lmtrain.use import Opened
 
 
@@ -32,7 +32,7 @@ def sample_records(
     label_N = _labels(opened, spec, label, config.n)
     drawn = draw(opened.model, spec=spec, config=config, label_N=label_N)
     path = None
-    if corpus.grid is not None:
+    if pictures.can_show(corpus):
         path = out or folder / SAMPLES / f"step-{opened.saved.step:08d}-seed-{config.seed}.png"
         in_turn = spec.labels if label_N is not None and label is None and config.n >= spec.labels else None
         pictures.write(path, pictures.sheet(pictures.show(drawn.x_NT, corpus), columns=in_turn))
@@ -121,6 +121,8 @@ def map_bits(
     spec, corpus = spec_of(opened.corpus, opened.config), opened.corpus
     if corpus.grid is None or not spec.alphabet:
         raise InputError(f"{corpus.path}: bits a pixel are there for images of symbols, as {folder} does not read")
+    if isinstance(opened.model, Draws):
+        raise InputError(f"{folder} is a mixture over orderings: it tells an image's bits, and not those of a pixel")
     label_N = None
     if files:
         x_ND = np.concatenate([_symbols(_read(file, corpus), corpus) for file in files])
@@ -132,7 +134,7 @@ def map_bits(
     if told_classes(opened.config) and label_N is None:
         raise InputError("the model is told classes, and files have none; give --split instead")
     nats_ND = surprisal(opened.model, x_ND, spec=spec, label_N=label_N)
-    bits_NHW = (nats_ND / LN2).reshape(-1, *corpus.grid).sum(-1)
+    bits_NHW = (nats_ND / LN2).reshape(-1, *pictures.grid_of(corpus)).sum(-1)
     top = float(np.quantile(bits_NHW, 0.995)) or 1.0
     pairs = np.stack([pictures.colour(pictures.show(x_ND, corpus)), pictures.heat(bits_NHW, top=top)], axis=1)
     path = out or folder / SAMPLES / f"bits-{'files' if files else split}-step-{opened.saved.step:08d}.png"
@@ -149,9 +151,7 @@ def map_bits(
 
 def _read(path: Path, corpus: Corpus, *, channels: int | None = None) -> np.ndarray:
     """uint8 [H, W, C] of a file of the corpus's size."""
-    if corpus.grid is None:
-        raise InputError(f"{corpus.path} holds {corpus.unit}s without a grid, not images")
-    height, width, own = corpus.grid
+    height, width, own = pictures.grid_of(corpus)
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import yaml
 
-from lmtrain import use
+from lmtrain import seeing, use
 from lmtrain.data import images, pictures
+from lmtrain.inference.records import draw as draw_records
 from lmtrain.journal import METRICS, read
 from lmtrain.seeing import map_bits
 from tests.house import lmtrain
@@ -132,3 +133,63 @@ def test_what_cannot_be_done_is_one_line(run, digit, tmp_path):
         assert ran.code != 0
         assert words in ran.err
         assert len(ran.err.strip().splitlines()) == 1, ran.err
+
+
+def test_bytes_of_real_numbers_come_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    x_ND = pictures.symbols(pixels, alphabet=0)
+    assert 0 < x_ND.min() < x_ND.max() < 1
+    assert np.array_equal(pictures.shade(x_ND, alphabet=0, grid=(16, 16, 1)), pixels)
+
+
+def test_real_images_are_completed_from_the_numbers_of_their_pixels(tmp_path, monkeypatch):
+    """What the model is told of a file is what it was trained on, through the run's view."""
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=draw.random((60, 4, 4)).astype(np.float32))
+    tree = {
+        **RUN,
+        "prepare": {"source": {"kind": "npz", "paths": str(tmp_path / "x.npz"), "arrays": "x"}},
+        "data": {"global_batch": 8, "corpus": str(tmp_path / "corpus"), "view": {"standardise": True}},
+        "model": {"kind": "rnade", "width": 8, "components": 2},
+        "run": {"dir": str(tmp_path), "name": "run"},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    assert lmtrain("train", tmp_path / "c.yaml").code == 0
+    pixels = draw.integers(256, size=(4, 4, 1), dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(images.encode(pixels))
+    seen = []
+    monkeypatch.setattr(seeing, "draw", lambda *a, **k: seen.append(k["x_NT"]) or draw_records(*a, **k))
+    ran = lmtrain("complete", tmp_path / "run", tmp_path / "a.png", "-n", 2, "--out", tmp_path / "done.png")
+    assert ran.code == 0, ran.err
+    opened = use.open_run(tmp_path / "run")
+    told = pictures.numbers(seen[0], opened.corpus)
+    np.testing.assert_allclose(told, np.tile((pixels.reshape(1, -1) + 0.5) / 256, (2, 1)), atol=1e-5)
+
+
+def test_what_is_no_picture_is_not_drawn(tmp_path):
+    """Five channels: training ends without a picture, who asks for one is told. A mixture has no bits of a pixel."""
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).integers(2, size=(60, 3, 3, 5), dtype=np.uint8))
+    made = {"kind": "made", "width": 8, "masks": 2, "ordering": "drawn", "orderings": "each"}
+    for name, source, words in (
+        ("five", {"kind": "npz", "paths": str(tmp_path / "x.npz"), "arrays": "x"}, "images of 5 channels"),
+        ("digits", {"kind": "digits"}, "is a mixture over orderings"),
+    ):
+        tree = {
+            **RUN,
+            "prepare": {"source": source},
+            "data": {"global_batch": 8, "corpus": str(tmp_path / f"corpus-{name}")},
+            "model": made if name == "digits" else {"kind": "made", "width": 8},
+            "run": {"dir": str(tmp_path), "name": name},
+        }
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+        ran = lmtrain("train", tmp_path / "c.yaml")
+        assert ran.code == 0, ran.err
+        ran = lmtrain("bits", tmp_path / name)
+        assert ran.code == 7, ran.err
+        assert words in ran.err
+    ran = lmtrain("sample", tmp_path / "five", "-n", 2)
+    assert ran.code == 0, ran.err
+    assert not list((tmp_path / "five").rglob("*.png"))
+    ran = lmtrain("train", tmp_path / "c.yaml", "model.masks=1", "run.name=other")
+    assert ran.code == 2
+    assert "give masks > 1 and ordering = drawn" in ran.err

@@ -23,7 +23,11 @@ from lmtrain.errors import CorpusError
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_MOST = 8  # dimensions
-_DAMAGE = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, csv.Error)
+_DAMAGE = (OSError, EOFError, ValueError, OverflowError, MemoryError, NotImplementedError, RuntimeError, zlib.error,
+           zipfile.BadZipFile, csv.Error)  # fmt: skip
+"""What damage makes readers raise: lengths that are none, kinds of compression that nobody has."""
+_MOST_ROW = 1 << 31
+"""Bytes of a record: more than that is a damaged header."""
 
 
 @contextmanager
@@ -43,6 +47,8 @@ def _open(path: Path) -> IO[bytes]:
 def _pieces(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any], piece_bytes: int) -> Iterator[np.ndarray]:
     """An array that lies in a stream row after row; ValueError when it ends early."""
     row = dtype.itemsize * math.prod(shape[1:])
+    if row > _MOST_ROW:
+        raise ValueError(f"its header says {'x'.join(map(str, shape))}")
     rows = max(1, piece_bytes // max(row, 1))
     for start in range(0, shape[0], rows):
         count = min(rows, shape[0] - start)

@@ -19,7 +19,8 @@ _MODES = {1: "L", 3: "RGB"}
 def decode(data: bytes, *, channels: int | None, where: str) -> np.ndarray:
     """uint8 [H, W, C] of an encoded image. channels: 1 or 3; None = 1 where the file is grey, else 3.
 
-    CorpusError naming `where` when it cannot be decoded, or has more than 2^24 pixels.
+    CorpusError naming `where` when it cannot be decoded, has more than 2^24 pixels, more than a byte a value, or is
+    transparent somewhere.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -27,6 +28,10 @@ def decode(data: bytes, *, channels: int | None, where: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise CorpusError(f"{where} has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+            if image.mode[0] in "IF":
+                raise CorpusError(f"{where} has more than a byte a value ({image.mode}); make it an 8-bit image")
+            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                raise CorpusError(f"{where} is transparent in places; put it on a background first")
             wide = channels or (1 if image.mode in ("1", "L") else 3)
             pixels = np.asarray(image.convert(_MODES[wide]))
     except UnidentifiedImageError:

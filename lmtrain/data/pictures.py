@@ -30,7 +30,12 @@ def shade(x_ND: np.ndarray, *, alphabet: int, grid: tuple[int, int, int]) -> np.
 
 
 def symbols(pixels_NHWC: np.ndarray, *, alphabet: int) -> np.ndarray:
-    """int64 [N, H*W*C]: the nearest of `alphabet` grey levels of bytes; what `shade` made comes back."""
+    """int64 [N, H*W*C]: the nearest of `alphabet` grey levels of bytes; what `shade` made comes back.
+
+    alphabet 0: float32, the middle of each byte's share of [0, 1).
+    """
+    if not alphabet:
+        return ((pixels_NHWC.astype(np.float32) + 0.5) / 256).reshape(len(pixels_NHWC), -1)
     level = np.rint(pixels_NHWC.astype(np.float64) / 255 * (alphabet - 1))
     return level.astype(np.int64).reshape(len(pixels_NHWC), -1)
 
@@ -61,11 +66,23 @@ def colour(images_NHWC: np.ndarray) -> np.ndarray:
     return images_NHWC if images_NHWC.shape[-1] == 3 else images_NHWC.repeat(3, axis=-1)
 
 
-def show(x_ND: np.ndarray, corpus: Corpus) -> np.ndarray:
-    """uint8 [N, H, W, C] of records as the model reads them; InputError when they are no images."""
+def can_show(corpus: Corpus) -> bool:
+    """Whether records are grey or RGB images."""
+    return corpus.grid is not None and corpus.grid[2] in (1, 3)
+
+
+def grid_of(corpus: Corpus) -> tuple[int, int, int]:
+    """(H, W, C); InputError when the records are no grey or RGB images."""
     if corpus.grid is None:
         raise InputError(f"{corpus.path} holds {corpus.unit}s without a grid, not images")
-    return shade(numbers(x_ND, corpus), alphabet=corpus.alphabet, grid=corpus.grid)
+    if not can_show(corpus):
+        raise InputError(f"{corpus.path} holds images of {corpus.grid[2]} channels; pictures have 1 or 3")
+    return corpus.grid
+
+
+def show(x_ND: np.ndarray, corpus: Corpus) -> np.ndarray:
+    """uint8 [N, H, W, C] of records as the model reads them; InputError when they are no grey or RGB images."""
+    return shade(numbers(x_ND, corpus), alphabet=corpus.alphabet, grid=grid_of(corpus))
 
 
 def numbers(x_ND: np.ndarray, corpus: Corpus) -> np.ndarray:

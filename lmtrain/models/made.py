@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lmtrain.errors import InputError
@@ -54,6 +54,15 @@ class Config(ModelConfig):
     mask_seed: int = Field(0, ge=0, lt=2**63, description="of orderings and of the hidden units' degrees")
     direct: bool = Field(False, description="masked connections from the inputs to the outputs too")
     conditional: bool = Field(False, description="biases of each class")
+
+    @model_validator(mode="after")
+    def _own_orderings(self) -> Config:
+        if self.orderings == "each" and (self.masks == 1 or self.ordering == "natural"):
+            raise ValueError(
+                f"orderings = each, with masks = {self.masks} and ordering = {self.ordering}: give masks > 1 and "
+                "ordering = drawn, or leave orderings out"
+            )
+        return self
 
 
 def build(config: Config, *, spec: Spec) -> Model:

@@ -274,6 +274,11 @@ DAMAGE: list[tuple[dict[str, Any], str]] = [
     ({"kind": "idx", "paths": "short"}, r"short cannot be read.*ends in row 9 of 10"),
     ({"kind": "idx", "paths": "long"}, r"long cannot be read.*goes on after its 10 rows"),
     ({"kind": "idx", "paths": "text"}, r"text is no idx file"),
+    ({"kind": "idx", "paths": "huge"}, r"huge cannot be read.*its header says"),
+    ({"kind": "idx", "paths": "many"}, r"many cannot be read"),
+    ({"kind": "npz", "paths": "method.npz", "arrays": "x"}, r"method.npz cannot be read"),
+    ({"kind": "images", "paths": "deep"}, r"a.png has more than a byte a value \(I;16\)"),
+    ({"kind": "images", "paths": "clear"}, r"a.png is transparent in places"),
     ({"kind": "idx", "paths": "torn.gz"}, r"torn.gz cannot be read"),
     ({"kind": "idx", "paths": ["good", "few"]}, r"few has fewer classes than there are records"),
     ({"kind": "idx", "paths": "none"}, r"no such file: .*none"),
@@ -302,12 +307,18 @@ def test_damage_is_named(source: dict[str, Any], match: str, tmp_path: Path, mon
     good = Path("good").read_bytes()
     Path("short").write_bytes(good[:-3])
     Path("long").write_bytes(good + b"x")
+    Path("huge").write_bytes(good[:4] + b"\xff" * 12)
+    Path("many").write_bytes(good[:4] + b"\xff" * 4 + good[8:])
     Path("torn.gz").write_bytes(gzip.compress(good)[:-9])
     write_idx(Path("few"), np.zeros(7, np.uint8))
     for name in ("text", "text.parquet"):
         Path(name).write_text("nothing of the kind")
     np.savez("whole.npz", x=pixels(400, 9))
     Path("torn.npz").write_bytes(Path("whole.npz").read_bytes()[:2000])
+    flipped = bytearray(Path("whole.npz").read_bytes())
+    for sign, at in ((b"PK\1\2", 10), (b"PK\3\4", 8)):
+        flipped[flipped.index(sign) + at] = 77
+    Path("method.npz").write_bytes(flipped)
     np.savez("objects.npz", x=np.array([{}, {}], dtype=object))
     np.savez("nan.npz", x=np.array([[1, 2, 3], [4, 5, np.nan]]))
     Path("ragged.csv").write_text("1,2\n3,4\n5\n")
@@ -315,6 +326,10 @@ def test_damage_is_named(source: dict[str, Any], match: str, tmp_path: Path, mon
     for folder, name, size in (("sizes", "a", 2), ("sizes", "b", 3), ("mixed", "a", 2), ("mixed/in", "b", 2)):
         Path(folder).mkdir(exist_ok=True)
         Image.new("L", (size, size)).save(f"{folder}/{name}.png")
+    Path("deep").mkdir()
+    Image.fromarray(np.full((2, 2), 300, np.uint16)).save("deep/a.png")
+    Path("clear").mkdir()
+    Image.new("RGBA", (2, 2), (9, 9, 9, 200)).save("clear/a.png")
     Path("empty").mkdir()
     Path("broken").mkdir()
     Path("broken/c.png").write_text("no png")
