@@ -30,7 +30,7 @@ def decode(data: bytes, *, channels: int | None, where: str) -> np.ndarray:
                 raise CorpusError(f"{where} has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
             if image.mode[0] in "IF":
                 raise CorpusError(f"{where} has more than a byte a value ({image.mode}); make it an 8-bit image")
-            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+            if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise CorpusError(f"{where} is transparent in places; put it on a background first")
             wide = channels or (1 if image.mode in ("1", "L") else 3)
             pixels = np.asarray(image.convert(_MODES[wide]))
