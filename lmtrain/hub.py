@@ -25,6 +25,8 @@ from typing import Any
 
 LONGEST = 64 * 1024
 """Bytes of a message; who sends more is cut off."""
+LONGEST_HELLO = 4 * 1024
+"""The same before the token of the run was shown."""
 LINGER = 5.0
 """Seconds after a verdict in which the keepers may take it, also those that have not come yet."""
 
@@ -60,6 +62,11 @@ class _Guest:
 
     waiting: bytes = b""
     rank: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Bytes that its next message may have."""
+        return LONGEST_HELLO if self.rank is None else LONGEST
 
 
 @dataclass(slots=True)
@@ -128,24 +135,27 @@ class Hub:
         if not read:
             return self._lost(guest)
         *lines, known.waiting = (known.waiting + read).split(b"\n")
-        if len(known.waiting) > LONGEST:
-            return self._lost(guest)
         for line in lines:
             try:
-                message = json.loads(line)
-                self._take(known, message)
-            except (ValueError, KeyError, TypeError):  # no keeper of ours talks like this
+                if len(line) > known.longest:
+                    raise ValueError("too long")
+                self._take(known, json.loads(line))
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # it is no keeper of ours
                 return self._lost(guest)
+        if len(known.waiting) > known.longest:
+            return self._lost(guest)
         return None
 
     def _take(self, guest: _Guest, message: dict[str, Any]) -> None:
         now = time.monotonic()
         if guest.rank is None:
-            rank = int(message["rank"])
-            if message["token"] != self.token or not 0 <= rank < self.world or rank in self._ranks:
+            if message["token"] != self.token:
                 raise ValueError("a stranger")
-            guest.rank = rank
+            rank = int(message["rank"])
+            if not 0 <= rank < self.world or rank in self._ranks:
+                raise ValueError("no rank that is awaited")
             self._ranks[rank] = Rank(str(message["host"]), int(message["pid"]), now, now)
+            guest.rank = rank
             if self.verdict is not None:
                 self._tell(self.verdict)
             return

@@ -24,7 +24,7 @@ from lmtrain.heldout import evaluate_sets, log_samples
 from lmtrain.lifeline import PATIENCE, Lifeline, collectives_timeout
 from lmtrain.profiling import Profile
 from lmtrain.protocol import Corpus, Engine, Model, Place
-from lmtrain.runfolder import CHECKPOINTS, owned, require_shared, resume, stored_fit
+from lmtrain.runfolder import CHECKPOINTS, owned, require_alike, require_shared, resume, stored_fit
 from lmtrain.schema import RunConfig, need_train
 from lmtrain.starters import Starters
 from lmtrain.tracker import Tracker
@@ -76,6 +76,7 @@ def _train_run(config: RunConfig, place: Place, *, environment: Mapping[str, str
     if place.rank == 0 and (keys := engines.untested(config.engine)):
         say(f"engine.deepspeed: passed on to DeepSpeed, but in no test of lmtrain's: {', '.join(keys)}")
     try:
+        require_alike(config, corpora, engine)
         steps = train_config.length(config.data.global_batch * loader.context)
         layout = {"threads": threads, "micro_batch": micro_batch, "zero_stage": config.engine.zero_stage}
         identity = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from lmtrain.config import dump
 from lmtrain.corpora import say
 from lmtrain.data.loader import compare_order
 from lmtrain.errors import CheckpointError, ConfigError
-from lmtrain.protocol import Engine
+from lmtrain.protocol import Corpus, Engine
 from lmtrain.schema import RunConfig
 from lmtrain.train import Progress
 
@@ -48,6 +50,28 @@ def owned(folder: Path, engine: Engine) -> Iterator[None]:
     finally:
         if handle is not None:
             handle.close()
+
+
+def require_alike(config: RunConfig, corpora: Sequence[Corpus], engine: Engine) -> None:
+    """Refuse to begin when a rank was given another config, or reads other corpora, than rank 0: it names the hosts."""
+    if engine.world == 1:
+        return
+    tree = config.model_dump(mode="json")
+    for own in ("corpus", "remote"):  # where a host finds the corpora; what is in them is compared below
+        del tree["data"][own]
+    del tree["wandb"]  # of rank 0 alone, and under the variables of each host
+    tree["corpora"] = [(one.fingerprint, part.weight) for one, part in zip(corpora, config.data.shares, strict=True)]
+    hashes = [hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:12] for part in tree.values()]
+    told = [text.split() for text in share(engine, " ".join([socket.gethostname(), *hashes]))]
+    others = set()
+    for host, *found in told:
+        if apart := [key for key, mine, first in zip(tree, found, told[0][1:], strict=True) if mine != first]:
+            others.add(f"{host} has another {', '.join(apart)}")
+    if others:
+        raise ConfigError(
+            f"the ranks were not given the same: {'; '.join(sorted(others))} than rank 0 on {told[0][0]}; "
+            "give every host the same config file and the same corpora"
+        )
 
 
 def require_shared(folder: Path, engine: Engine) -> None:

@@ -13,6 +13,7 @@ from lmtrain.checkpoint import CheckpointConfig
 from lmtrain.config import Config, build, override, read_yaml
 from lmtrain.data.loader import DataConfig
 from lmtrain.data.prepare import PrepareConfig
+from lmtrain.data.remote import is_url
 from lmtrain.engine import EngineConfig, OptimizerConfig, ScheduleConfig
 from lmtrain.errors import ConfigError
 from lmtrain.fleet import WatchConfig
@@ -72,6 +73,13 @@ class RunConfig(Config):
             raise ValueError("eval.weights = ema, but optimizer.ema is null; give it a decay, say 0.999")
         if self.train is not None and self.train.patience is not None and not self.eval.sets:
             raise ValueError("train.patience waits for the first set of eval.sets, which is empty; name one")
+        afar = any(is_url(share.path) for share in self.data.shares)
+        if afar and self.data.remote.patience >= self.engine.timeout:
+            raise ValueError(
+                f"data.remote.patience = {self.data.remote.patience:g} is not below engine.timeout = "
+                f"{self.engine.timeout:g}: while one rank waits for the store of a corpus, the others give it up; "
+                "lower the one or raise the other"
+            )
         return self
 
     @property

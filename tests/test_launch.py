@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,31 @@ def test_torchrun_and_an_evaluation_by_two_ranks(place):
     one = json.loads(lmtrain("eval", folder, "--json").out)["valid"]
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
     assert two["symbols"] == one["symbols"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_rank_with_another_config_is_refused_by_its_hosts_name(place, same):
+    """What each host may have for itself, the folder of a cache, is no offence."""
+    port, name = free_port(), f"alike-{same}"
+    command = [sys.executable, "-m", "lmtrain", "train", place / "tiny.yaml", "engine.kind=zero", "train.steps=2"]
+    own = [f"data.remote.cache={place / 'own'}", "optimizer.lr=" + ("1e-3" if same else "2e-3")]
+    ranks = []
+    for rank, more in enumerate([["optimizer.lr=1e-3"], own]):
+        where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = environment(**{key: str(value) for key, value in where.items()})
+        ordered = list(map(str, [*command, f"run.name={name}", *more]))
+        ranks.append(subprocess.Popen(ordered, env=variables, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [one.communicate(timeout=200)[1] for one in ranks]
+    finally:
+        for one in ranks:
+            one.kill()
+    assert [one.returncode for one in ranks] == ([0, 0] if same else [2, 2]), errors
+    host = socket.gethostname()
+    words = f"the ranks were not given the same: {host} has another optimizer than rank 0 on {host}; give every host"
+    lines = [line for line in errors[0].splitlines() if words in line]
+    assert len(lines) == int(not same), errors
+    assert logged(place / "runs" / name) == (2 if same else 0)
 
 
 def start(place, name, *more):

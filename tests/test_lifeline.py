@@ -172,8 +172,20 @@ def test_a_stranger_is_shown_the_door():
     for words in (
         b"GET / HTTP/1.0\n",
         b"[]\n",
+        b"null\n",
+        b'"token"\n',
         json.dumps({**hello, "token": "guess"}).encode() + b"\n",
+        b'{"rank": Infinity}\n',
+        b'{"rank": Infinity, "token": "guess"}\n',
+        b'{"rank": Infinity, "token": "secret"}\n',
+        b'{"rank": 1, "host": "h", "pid": Infinity, "token": "secret"}\n',
+        b"[" * 4_000 + b"\n",
+        b"[" * 60_000 + b"\n",
+        bytes(range(256)) + b"\n",
+        b"\x00\xff" * 3_000,
+        b"x" * 5_000,
         b"x" * 200_000,
+        json.dumps({**hello, "host": "h" * 5_000}).encode() + b"\n",
     ):
         with socket.create_connection(listener.getsockname()) as line:
             line.settimeout(20)

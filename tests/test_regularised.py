@@ -96,16 +96,35 @@ def test_an_average_may_begin_later(trained: Path, tmp_path: Path) -> None:
     assert "begins at" not in lmtrain("train", path, "train.samples=0", "optimizer.ema=0.5", "train.steps=7").err
 
 
+AFAR = {"data": {"corpus": "https://host/corpus"}}
+MIXED = {"corpus": [{"path": "corpus"}, {"path": "s3://bucket/corpus"}]}
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
         ({"eval": {"weights": "ema"}}, "optimizer.ema is null"),
         ({"train": {"steps": 3, "eval_every": 1, "patience": 2}, "eval": {"sets": {}}}, "which is empty"),
+        (AFAR | {"engine": {"timeout": 60}}, "data.remote.patience = 540 is not below engine.timeout = 60: "),
+        ({"data": MIXED | {"remote": {"patience": 600}}}, "patience = 600 is not below engine.timeout = 600: "),
     ],
 )
 def test_sections_that_do_not_agree(sections: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as refused:
         build(RunConfig, TINY | sections, where="test")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        AFAR,
+        {"data": MIXED | {"remote": {"patience": 30}}, "engine": {"timeout": 60}},
+        {"data": {"corpus": "corpus", "remote": {"patience": 600}}, "engine": {"timeout": 60}},  # nothing is asked for
+    ],
+)
+def test_a_store_is_waited_for_less_long_than_a_rank(sections: dict[str, Any]) -> None:
+    build(RunConfig, TINY | sections, where="test")
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ class RemoteConfig(Config):
         None, min_length=1, description="folder of the cache, shared by a node's ranks; null = below the temporary one"
     )
     cache_bytes: int = Field(8 << 30, ge=16 << 20, description="most bytes that the cache takes")
-    patience: float = Field(540.0, gt=0, description="seconds to go on asking; keep it below engine.timeout")
+    patience: float = Field(540.0, gt=0, description="seconds to go on asking; below engine.timeout")
     ahead: int = Field(16, ge=0, description="steps whose MiBs are fetched beforehand")
     connections: int = Field(4, ge=1, le=64, description="fetches at a time, beforehand, of each rank")
 

@@ -57,6 +57,8 @@ def test_the_manifest_agrees_with_itself_and_with_us():
         for code in rule.get("onExitCodes", {}).get("values", [])
     }
     assert rules == {75: "Ignore", **dict.fromkeys((2, 3, 4, 6, 7), "FailJob")}
+    assert "backoffLimit" not in spec, "one pod that is lost fails all: a sum over them says nothing"
+    assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"], pod["restartPolicy"]) == (20, 0, "Never")
     secrets = [one["name"] for one in container["env"] if "secretKeyRef" in one.get("valueFrom", {})]
     assert secrets == ["WANDB_API_KEY", "HF_TOKEN"]
 
