@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -51,8 +51,9 @@ class Wish:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(f"lmtrain launch: {text}", file=sys.stderr, flush=True)
+    """A line for the person at the terminal, if that is still there."""
+    with suppress(OSError):
+        print(f"lmtrain launch: {text}", file=sys.stderr, flush=True)
 
 
 def launch(wish: Wish, *, environment: Mapping[str, str]) -> int:
@@ -252,9 +253,12 @@ class Launch:
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
         def count(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
+            # a terminal that goes may hang up more than once; that is one wish to stop
+            self._signals = max(self._signals, 1) if number == signal.SIGHUP else self._signals + 1
 
-        names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        names = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            names.append(signal.SIGHUP)
         before: dict[signal.Signals, Callable[..., Any] | int | None] = {n: signal.signal(n, count) for n in names}
         try:
             yield

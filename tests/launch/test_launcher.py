@@ -254,6 +254,55 @@ def test_a_signal_asks_the_second_ends_and_other_jobs_live(cluster, monkeypatch,
     assert len(calls(folder, "deepspeed")) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_launch_that_is_killed_or_hung_up_leaves_no_launcher(cluster, number):
+    folder, _, environment = cluster
+    stop = folder / "runs" / "x" / "STOP"
+    (folder / "hosts").write_text("localhost slots=2\n")
+    (folder / "plan").write_text(
+        "import os.path, time\n"
+        "open(log + '.env', 'w').write(os.environ['LMTRAIN_LAUNCH'])\n"
+        "open(log + '.new', 'w').write(str(os.getpid()))\n"
+        "os.rename(log + '.new', log + '.pid')\n"
+        f"while not os.path.exists({str(stop)!r}): time.sleep(0.01)\n"
+        "sys.exit(75)\n"
+    )
+    text = (
+        "import os, sys\nfrom pathlib import Path\nfrom lmtrain.launch import launcher\n"
+        "wish = launcher.Wish(config=Path(sys.argv[1]), overrides=('run.name=x',), hostfile=Path('hosts'), "
+        "interface='lo', program=sys.argv[2])\n"
+        "sys.exit(launcher.launch(wish, environment=os.environ))\n"
+    )
+    words = [sys.executable, "-c", text, str(cluster[1].config), str(folder / "bin" / "deepspeed")]
+    launched = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    pid, tokens = folder / "deepspeed.log.pid", []
+    try:
+        until = time.monotonic() + 60
+        while not pid.exists():
+            assert launched.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        child = psutil.Process(int(pid.read_text()))
+        drawn = (folder / "deepspeed.log.env").read_text()
+        tokens = [Path(f"/dev/shm/lmtrain-{drawn}.{rank}") for rank in range(2)]
+        assert all(path.exists() for path in tokens)
+        launched.send_signal(number)
+        code = launched.wait(30)
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        if number == signal.SIGHUP:
+            assert code == 75
+            assert not any(path.exists() for path in tokens)
+            assert not stop.exists()
+    finally:
+        launched.kill()
+        launched.wait()
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()  # ends the fake where the launch left it
+        for path in tokens:
+            path.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_secret_on_the_command_line_is_refused(cluster, secret):
     folder, wish, environment = cluster
