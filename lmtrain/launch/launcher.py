@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from lmtrain.checkpoint import Checkpoints
+from lmtrain.checkpoint.names import Saved
 from lmtrain.checkpoint.reader import faults
 from lmtrain.config import read_yaml
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, EngineError
@@ -24,6 +25,7 @@ from lmtrain.launch.ssh import Answer, Reach, is_here
 from lmtrain.runfolder import CHECKPOINTS, CONFIG
 from lmtrain.schema import RunConfig, load, need_train
 from lmtrain.stopping import STOP_FILE
+from lmtrain.train import Progress
 
 NOT_MENDED = frozenset({2, 3, 4, 6, 7})
 """Exit codes that another start would give again: config, corpus, checkpoint, divergence, argument."""
@@ -231,17 +233,25 @@ class Launch:
 
     # ---- where the run stands ------------------------------------------------------------------------------------
 
-    def _step(self) -> int:
-        """The step of the newest checkpoint whose manifest and sizes are right; the ranks read every byte."""
+    def _newest(self) -> Saved | None:
+        """The newest checkpoint whose manifest and sizes are right; the ranks read every byte."""
         saved = Checkpoints(self.config.folder / CHECKPOINTS, self.config.checkpoint).list()
-        return next((one.step for one in reversed(saved) if not faults(one.path, contents=False)), 0)
+        return next((one for one in reversed(saved) if not faults(one.path, contents=False)), None)
+
+    def _step(self) -> int:
+        newest = self._newest()
+        return newest.step if newest else 0
 
     def _finished(self) -> bool:
+        """Whether the newest checkpoint is one that training ends with: at its last step, or out of patience."""
         train, _ = need_train(self.config)
         try:
             step = self._step()
             if not step:
                 return False
+            newest = self._newest() if train.patience is not None else None
+            if newest and train.out_of_patience(Progress(**newest.manifest().state["progress"])):
+                return True
             return step >= (train.steps or train.length(self.config.data.global_batch * self._context()))
         except CheckpointError:
             return False

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from lmtrain.errors import EngineError, InputError
 from lmtrain.launch import checks, launcher, probe
 from lmtrain.launch.hostfile import Host
 from lmtrain.launch.ssh import Answer
+from lmtrain.train import Progress
 from tests.house import config, lmtrain
 
 SECRETS = {
@@ -216,6 +218,20 @@ def test_a_launcher_that_says_0_is_not_believed(cluster, capfd):
     _, wish, environment = cluster
     assert launcher.launch(wish, environment=environment) == EngineError.exit_code
     assert "the run stands at step 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("stale", "code", "starts"), [(2, 0, 1), (1, EngineError.exit_code, 2)])
+def test_a_run_that_is_out_of_patience_is_finished(cluster, monkeypatch, stale, code, starts):
+    folder, wish, environment = cluster
+    path = folder / "runs" / "x y" / "checkpoints" / "step-00000004"
+    manifest = SimpleNamespace(state={"progress": Progress(step=4, best=1.0, stale=stale).to_json()})
+    saved = SimpleNamespace(path=path, step=4, manifest=lambda: manifest)
+    monkeypatch.setattr(launcher.Checkpoints, "list", lambda self: [saved])
+    monkeypatch.setattr(launcher, "faults", lambda path, *, contents: [])
+    monkeypatch.setattr(launcher, "PAUSE", 0.0, raising=False)
+    wanted = (*wish.overrides, "train.patience=2", "train.eval_every=1")
+    assert launcher.launch(replace(wish, restarts=1, overrides=wanted), environment=environment) == code
+    assert len(calls(folder, "deepspeed")) == starts
 
 
 def test_a_signal_asks_the_second_ends_and_other_jobs_live(cluster, monkeypatch, capfd):
