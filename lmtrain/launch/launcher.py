@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ NOT_MENDED = frozenset({2, 3, 4, 6, 7})
 _GRACE = 5.0
 """Seconds that processes of an attempt may take to end by themselves, after its launcher has."""
 _LOOK = 0.2
+PAUSE = 2.0
+"""Seconds before the first restart; each further one waits twice as long, a minute at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +103,21 @@ class Launch:
 
     def run(self) -> int:
         """All attempts. A run that was asked to stop, or that another start would not mend, is not started again."""
+        code = 0
         with self._signals_caught():
             for attempt in range(self.wish.restarts + 1):
+                if attempt and not self._pause(attempt):
+                    return code
                 try:
                     answers = self._look(left_out_ok=attempt > 0)
                     if self.wish.check_only:
                         return 0
                     code = self._attempt(answers, attempt)
+                except EngineError as error:
+                    if attempt in {0, self.wish.restarts} or self._signals:
+                        raise
+                    say(str(error))  # hosts that cannot be reached now may be back at the next attempt
+                    code = error.exit_code
                 finally:
                     self._sweep()
                 if code == 0 and not self._finished():
@@ -116,6 +127,13 @@ class Launch:
                     return code
                 say(f"attempt {attempt + 1} of {self.wish.restarts + 1} ended with exit code {code}")
         return code
+
+    def _pause(self, attempt: int) -> bool:
+        """Wait before a restart; False when a signal came meanwhile."""
+        until = time.monotonic() + min(60.0, PAUSE * 2.0 ** min(attempt - 1, 10))
+        while not self._signals and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK))
+        return not self._signals
 
     def _attempt(self, answers: Sequence[Answer], attempt: int) -> int:
         hosts = [answer.host for answer in answers]

@@ -78,6 +78,7 @@ def cluster(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "PAUSE", 0.0)
     root = str(Path(__file__).resolve().parents[2])
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHONPATH": root, **SECRETS,
@@ -194,6 +195,40 @@ def test_it_starts_again_with_the_hosts_that_are_left(cluster, monkeypatch, capf
     assert "restart 1 of 1: 2 hosts, 4 ranks, from step 6" in err
 
 
+def test_hosts_that_are_all_away_for_a_while_cost_one_restart(cluster, monkeypatch, capfd):
+    folder, wish, environment = cluster
+    finished(monkeypatch)
+    down, waits = folder / "down", []
+    (folder / "plan").write_text(
+        f"open({str(down)!r}, 'w').write('node-0 node-1 node-2')\nsys.exit(5 if number == 1 else 0)"
+    )
+
+    def pause(self, attempt):
+        waits.append(attempt)
+        if attempt == 2:
+            down.write_text("")
+        return True
+
+    monkeypatch.setattr(launcher.Launch, "_pause", pause)
+    assert launcher.launch(replace(wish, restarts=2), environment=environment) == 0
+    assert len(calls(folder, "deepspeed")) == 2
+    assert waits == [1, 2]
+    assert "node-2 cannot be reached over ssh" in capfd.readouterr().err
+
+
+def test_restarts_wait_longer_each_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(launcher.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    waited = []
+    for attempt in (1, 2, 3, 50):
+        began = now[0]
+        assert launcher.Launch._pause(SimpleNamespace(_signals=0), attempt)
+        waited.append(now[0] - began)
+    assert waited == pytest.approx([2, 4, 8, 60])
+    assert not launcher.Launch._pause(SimpleNamespace(_signals=1), 1)
+
+
 def test_not_where_the_batch_does_not_divide(cluster, monkeypatch):
     folder, wish, environment = cluster
     finished(monkeypatch)
@@ -204,7 +239,7 @@ def test_not_where_the_batch_does_not_divide(cluster, monkeypatch):
     assert len(calls(folder, "deepspeed")) == 1
 
 
-@pytest.mark.slow  # restarts wait longer each time
+@pytest.mark.slow  # eleven starts
 @pytest.mark.parametrize(("code", "starts"), [(5, 3), (137, 3), (2, 1), (6, 1), (75, 1)])
 def test_what_is_worth_another_start(cluster, code, starts):
     folder, wish, environment = cluster
@@ -228,7 +263,6 @@ def test_a_run_that_is_out_of_patience_is_finished(cluster, monkeypatch, stale, 
     saved = SimpleNamespace(path=path, step=4, manifest=lambda: manifest)
     monkeypatch.setattr(launcher.Checkpoints, "list", lambda self: [saved])
     monkeypatch.setattr(launcher, "faults", lambda path, *, contents: [])
-    monkeypatch.setattr(launcher, "PAUSE", 0.0, raising=False)
     wanted = (*wish.overrides, "train.patience=2", "train.eval_every=1")
     assert launcher.launch(replace(wish, restarts=1, overrides=wanted), environment=environment) == code
     assert len(calls(folder, "deepspeed")) == starts
