@@ -17,6 +17,7 @@ from lmtrain.checkpoint import Checkpoints
 from lmtrain.checkpoint.names import Saved
 from lmtrain.checkpoint.reader import faults
 from lmtrain.config import read_yaml
+from lmtrain.data.remote import is_url, local
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, EngineError
 from lmtrain.follower import scrub
 from lmtrain.launch import checks, command, hostfile, probe, variables
@@ -217,18 +218,25 @@ class Launch:
                 wrong += [f"{answer.host.name} {text}" for text in checks.compare(ours, answer)]
         if wrong:
             raise EngineError(" | ".join(wrong))
-        say(f"looked over {len(answers)} host{'s' * (len(answers) > 1)}: same code, versions, config and corpora")
+        corpora, urls = self._corpora()
+        same = (" and corpora" if corpora else "") + (f"; not compared, a URL: {', '.join(urls)}" if urls else "")
+        say(f"looked over {len(answers)} host{'s' * (len(answers) > 1)}: same code, versions, config{same}")
         return answers
 
-    def _request(self) -> dict[str, Any]:
+    def _corpora(self) -> tuple[list[str], list[str]]:
+        """The folders of corpora, which hosts compare, and the URLs, whose manifests every rank checks itself."""
         corpus = self.config.data.corpus
         paths = [corpus] if isinstance(corpus, str) else [part.path for part in corpus]
         paths += [chosen.corpus for chosen in self.config.eval.sets.values() if chosen.corpus is not None]
+        found = list(dict.fromkeys(local(str(path)) for path in paths))
+        return [path for path in found if not is_url(path)], [path for path in found if is_url(path)]
+
+    def _request(self) -> dict[str, Any]:
         return {
             "drawn": self.drawn,
             "folder": str(self.config.folder),
             "config": str(self.wish.config),
-            "corpora": list(dict.fromkeys(map(str, paths))),
+            "corpora": self._corpora()[0],
         }
 
     def _ask_all(self, hosts: Sequence[Host], request: Mapping[str, Any], *, what: str) -> None:

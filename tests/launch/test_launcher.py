@@ -195,6 +195,19 @@ def test_it_starts_again_with_the_hosts_that_are_left(cluster, monkeypatch, capf
     assert "restart 1 of 1: 2 hosts, 4 ranks, from step 6" in err
 
 
+@pytest.mark.parametrize("scheme", ["file", "https"])
+def test_a_corpus_that_is_a_url(cluster, capfd, scheme):
+    folder, wish, environment = cluster
+    url = f"{scheme}://{folder}/corpus" if scheme == "file" else "https://example.org/corpus"
+    wish = replace(wish, overrides=(f"data.corpus={url}",), check_only=True)
+    assert launcher.launch(wish, environment=environment) == 0
+    compared = calls(folder, "ssh")[0][2]["corpora"]
+    assert compared == ([str(folder / "corpus")] if scheme == "file" else [])
+    err = capfd.readouterr().err
+    assert ("config and corpora" in err) == (scheme == "file")
+    assert (f"not compared, a URL: {url}" in err) == (scheme == "https")
+
+
 def test_hosts_that_are_all_away_for_a_while_cost_one_restart(cluster, monkeypatch, capfd):
     folder, wish, environment = cluster
     finished(monkeypatch)
