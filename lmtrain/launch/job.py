@@ -12,16 +12,25 @@ from typing import IO
 
 from lmtrain.follower import scrub
 from lmtrain.launch.command import Command
+from lmtrain.stopping import die_with_parent
 
 
 class Job:
     """A running command, in a session of its own.
 
     The launcher never gets a signal of ours: at SIGINT or SIGTERM it would run `pkill -f` on every host, against all
-    DeepSpeed jobs of this user. It is killed instead, and what it started is ended by what the launch drew.
+    DeepSpeed jobs of this user. It is killed instead, and what it started is ended by what the launch drew. When this
+    process is killed, the kernel kills the launcher as well; its ranks see that, save and stop. The kernel goes by the
+    thread that started the launcher: make a Job in the main thread.
     """
 
     def __init__(self, command: Command, *, secrets: frozenset[str]) -> None:
+        us = os.getpid()
+
+        def tie() -> None:
+            if die_with_parent() and os.getppid() != us:  # we ended before it could ask
+                os.kill(os.getpid(), signal.SIGKILL)
+
         self._process = subprocess.Popen(
             command.words,
             env=command.environment,
@@ -29,6 +38,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=tie,
         )
         pairs = ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr))
         self._relays = [

@@ -5,16 +5,19 @@ from __future__ import annotations
 import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lmtrain.checkpoint import Checkpoints
+from lmtrain.checkpoint.names import Saved
 from lmtrain.checkpoint.reader import faults
 from lmtrain.config import read_yaml
+from lmtrain.data.remote import is_url, local
 from lmtrain.errors import EXIT_STOPPED, CheckpointError, ConfigError, EngineError
 from lmtrain.follower import scrub
 from lmtrain.launch import checks, command, hostfile, probe, variables
@@ -24,12 +27,15 @@ from lmtrain.launch.ssh import Answer, Reach, is_here
 from lmtrain.runfolder import CHECKPOINTS, CONFIG
 from lmtrain.schema import RunConfig, load, need_train
 from lmtrain.stopping import STOP_FILE
+from lmtrain.train import Progress
 
 NOT_MENDED = frozenset({2, 3, 4, 6, 7})
 """Exit codes that another start would give again: config, corpus, checkpoint, divergence, argument."""
 _GRACE = 5.0
 """Seconds that processes of an attempt may take to end by themselves, after its launcher has."""
 _LOOK = 0.2
+PAUSE = 2.0
+"""Seconds before the first restart; each further one waits twice as long, a minute at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,9 @@ class Wish:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(f"lmtrain launch: {text}", file=sys.stderr, flush=True)
+    """A line for the person at the terminal, if that is still there."""
+    with suppress(OSError):
+        print(f"lmtrain launch: {text}", file=sys.stderr, flush=True)
 
 
 def launch(wish: Wish, *, environment: Mapping[str, str]) -> int:
@@ -97,13 +104,21 @@ class Launch:
 
     def run(self) -> int:
         """All attempts. A run that was asked to stop, or that another start would not mend, is not started again."""
+        code = 0
         with self._signals_caught():
             for attempt in range(self.wish.restarts + 1):
+                if attempt and not self._pause(attempt):
+                    return code
                 try:
                     answers = self._look(left_out_ok=attempt > 0)
                     if self.wish.check_only:
                         return 0
                     code = self._attempt(answers, attempt)
+                except EngineError as error:
+                    if attempt in {0, self.wish.restarts} or self._signals:
+                        raise
+                    say(str(error))  # hosts that cannot be reached now may be back at the next attempt
+                    code = error.exit_code
                 finally:
                     self._sweep()
                 if code == 0 and not self._finished():
@@ -113,6 +128,13 @@ class Launch:
                     return code
                 say(f"attempt {attempt + 1} of {self.wish.restarts + 1} ended with exit code {code}")
         return code
+
+    def _pause(self, attempt: int) -> bool:
+        """Wait before a restart; False when a signal came meanwhile."""
+        until = time.monotonic() + min(60.0, PAUSE * 2.0 ** min(attempt - 1, 10))
+        while not self._signals and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK))
+        return not self._signals
 
     def _attempt(self, answers: Sequence[Answer], attempt: int) -> int:
         hosts = [answer.host for answer in answers]
@@ -196,18 +218,25 @@ class Launch:
                 wrong += [f"{answer.host.name} {text}" for text in checks.compare(ours, answer)]
         if wrong:
             raise EngineError(" | ".join(wrong))
-        say(f"looked over {len(answers)} host{'s' * (len(answers) > 1)}: same code, versions, config and corpora")
+        corpora, urls = self._corpora()
+        same = (" and corpora" if corpora else "") + (f"; not compared, a URL: {', '.join(urls)}" if urls else "")
+        say(f"looked over {len(answers)} host{'s' * (len(answers) > 1)}: same code, versions, config{same}")
         return answers
 
-    def _request(self) -> dict[str, Any]:
+    def _corpora(self) -> tuple[list[str], list[str]]:
+        """The folders of corpora, which hosts compare, and the URLs, whose manifests every rank checks itself."""
         corpus = self.config.data.corpus
         paths = [corpus] if isinstance(corpus, str) else [part.path for part in corpus]
         paths += [chosen.corpus for chosen in self.config.eval.sets.values() if chosen.corpus is not None]
+        found = list(dict.fromkeys(local(str(path)) for path in paths))
+        return [path for path in found if not is_url(path)], [path for path in found if is_url(path)]
+
+    def _request(self) -> dict[str, Any]:
         return {
             "drawn": self.drawn,
             "folder": str(self.config.folder),
             "config": str(self.wish.config),
-            "corpora": list(dict.fromkeys(map(str, paths))),
+            "corpora": self._corpora()[0],
         }
 
     def _ask_all(self, hosts: Sequence[Host], request: Mapping[str, Any], *, what: str) -> None:
@@ -230,17 +259,25 @@ class Launch:
 
     # ---- where the run stands ------------------------------------------------------------------------------------
 
-    def _step(self) -> int:
-        """The step of the newest checkpoint whose manifest and sizes are right; the ranks read every byte."""
+    def _newest(self) -> Saved | None:
+        """The newest checkpoint whose manifest and sizes are right; the ranks read every byte."""
         saved = Checkpoints(self.config.folder / CHECKPOINTS, self.config.checkpoint).list()
-        return next((one.step for one in reversed(saved) if not faults(one.path, contents=False)), 0)
+        return next((one for one in reversed(saved) if not faults(one.path, contents=False)), None)
+
+    def _step(self) -> int:
+        newest = self._newest()
+        return newest.step if newest else 0
 
     def _finished(self) -> bool:
+        """Whether the newest checkpoint is one that training ends with: at its last step, or out of patience."""
         train, _ = need_train(self.config)
         try:
             step = self._step()
             if not step:
                 return False
+            newest = self._newest() if train.patience is not None else None
+            if newest and train.out_of_patience(Progress(**newest.manifest().state["progress"])):
+                return True
             return step >= (train.steps or train.length(self.config.data.global_batch * self._context()))
         except CheckpointError:
             return False
@@ -252,9 +289,12 @@ class Launch:
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
         def count(number: int, frame: FrameType | None) -> None:
-            self._signals += 1
+            # a terminal that goes may hang up more than once; that is one wish to stop
+            self._signals = max(self._signals, 1) if number == signal.SIGHUP else self._signals + 1
 
-        names = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        names = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            names.append(signal.SIGHUP)
         before: dict[signal.Signals, Callable[..., Any] | int | None] = {n: signal.signal(n, count) for n in names}
         try:
             yield

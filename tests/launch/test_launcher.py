@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from lmtrain.errors import EngineError, InputError
 from lmtrain.launch import checks, launcher, probe
 from lmtrain.launch.hostfile import Host
 from lmtrain.launch.ssh import Answer
+from lmtrain.train import Progress
 from tests.house import config, lmtrain
 
 SECRETS = {
@@ -76,6 +78,7 @@ def cluster(tmp_path, monkeypatch):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "PAUSE", 0.0)
     root = str(Path(__file__).resolve().parents[2])
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path), "PYTHONPATH": root, **SECRETS,
@@ -192,6 +195,53 @@ def test_it_starts_again_with_the_hosts_that_are_left(cluster, monkeypatch, capf
     assert "restart 1 of 1: 2 hosts, 4 ranks, from step 6" in err
 
 
+@pytest.mark.parametrize("scheme", ["file", "https"])
+def test_a_corpus_that_is_a_url(cluster, capfd, scheme):
+    folder, wish, environment = cluster
+    url = f"{scheme}://{folder}/corpus" if scheme == "file" else "https://example.org/corpus"
+    wish = replace(wish, overrides=(f"data.corpus={url}",), check_only=True)
+    assert launcher.launch(wish, environment=environment) == 0
+    compared = calls(folder, "ssh")[0][2]["corpora"]
+    assert compared == ([str(folder / "corpus")] if scheme == "file" else [])
+    err = capfd.readouterr().err
+    assert ("config and corpora" in err) == (scheme == "file")
+    assert (f"not compared, a URL: {url}" in err) == (scheme == "https")
+
+
+def test_hosts_that_are_all_away_for_a_while_cost_one_restart(cluster, monkeypatch, capfd):
+    folder, wish, environment = cluster
+    finished(monkeypatch)
+    down, waits = folder / "down", []
+    (folder / "plan").write_text(
+        f"open({str(down)!r}, 'w').write('node-0 node-1 node-2')\nsys.exit(5 if number == 1 else 0)"
+    )
+
+    def pause(self, attempt):
+        waits.append(attempt)
+        if attempt == 2:
+            down.write_text("")
+        return True
+
+    monkeypatch.setattr(launcher.Launch, "_pause", pause)
+    assert launcher.launch(replace(wish, restarts=2), environment=environment) == 0
+    assert len(calls(folder, "deepspeed")) == 2
+    assert waits == [1, 2]
+    assert "node-2 cannot be reached over ssh" in capfd.readouterr().err
+
+
+def test_restarts_wait_longer_each_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(launcher.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(launcher.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    waited = []
+    for attempt in (1, 2, 3, 50):
+        began = now[0]
+        assert launcher.Launch._pause(SimpleNamespace(_signals=0), attempt)
+        waited.append(now[0] - began)
+    assert waited == pytest.approx([2, 4, 8, 60])
+    assert not launcher.Launch._pause(SimpleNamespace(_signals=1), 1)
+
+
 def test_not_where_the_batch_does_not_divide(cluster, monkeypatch):
     folder, wish, environment = cluster
     finished(monkeypatch)
@@ -202,7 +252,7 @@ def test_not_where_the_batch_does_not_divide(cluster, monkeypatch):
     assert len(calls(folder, "deepspeed")) == 1
 
 
-@pytest.mark.slow  # restarts wait longer each time
+@pytest.mark.slow  # eleven starts
 @pytest.mark.parametrize(("code", "starts"), [(5, 3), (137, 3), (2, 1), (6, 1), (75, 1)])
 def test_what_is_worth_another_start(cluster, code, starts):
     folder, wish, environment = cluster
@@ -216,6 +266,19 @@ def test_a_launcher_that_says_0_is_not_believed(cluster, capfd):
     _, wish, environment = cluster
     assert launcher.launch(wish, environment=environment) == EngineError.exit_code
     assert "the run stands at step 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("stale", "code", "starts"), [(2, 0, 1), (1, EngineError.exit_code, 2)])
+def test_a_run_that_is_out_of_patience_is_finished(cluster, monkeypatch, stale, code, starts):
+    folder, wish, environment = cluster
+    path = folder / "runs" / "x y" / "checkpoints" / "step-00000004"
+    manifest = SimpleNamespace(state={"progress": Progress(step=4, best=1.0, stale=stale).to_json()})
+    saved = SimpleNamespace(path=path, step=4, manifest=lambda: manifest)
+    monkeypatch.setattr(launcher.Checkpoints, "list", lambda self: [saved])
+    monkeypatch.setattr(launcher, "faults", lambda path, *, contents: [])
+    wanted = (*wish.overrides, "train.patience=2", "train.eval_every=1")
+    assert launcher.launch(replace(wish, restarts=1, overrides=wanted), environment=environment) == code
+    assert len(calls(folder, "deepspeed")) == starts
 
 
 def test_a_signal_asks_the_second_ends_and_other_jobs_live(cluster, monkeypatch, capfd):
@@ -252,6 +315,55 @@ def test_a_signal_asks_the_second_ends_and_other_jobs_live(cluster, monkeypatch,
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert not stop.exists()
     assert len(calls(folder, "deepspeed")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_launch_that_is_killed_or_hung_up_leaves_no_launcher(cluster, number):
+    folder, _, environment = cluster
+    stop = folder / "runs" / "x" / "STOP"
+    (folder / "hosts").write_text("localhost slots=2\n")
+    (folder / "plan").write_text(
+        "import os.path, time\n"
+        "open(log + '.env', 'w').write(os.environ['LMTRAIN_LAUNCH'])\n"
+        "open(log + '.new', 'w').write(str(os.getpid()))\n"
+        "os.rename(log + '.new', log + '.pid')\n"
+        f"while not os.path.exists({str(stop)!r}): time.sleep(0.01)\n"
+        "sys.exit(75)\n"
+    )
+    text = (
+        "import os, sys\nfrom pathlib import Path\nfrom lmtrain.launch import launcher\n"
+        "wish = launcher.Wish(config=Path(sys.argv[1]), overrides=('run.name=x',), hostfile=Path('hosts'), "
+        "interface='lo', program=sys.argv[2])\n"
+        "sys.exit(launcher.launch(wish, environment=os.environ))\n"
+    )
+    words = [sys.executable, "-c", text, str(cluster[1].config), str(folder / "bin" / "deepspeed")]
+    launched = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    pid, tokens = folder / "deepspeed.log.pid", []
+    try:
+        until = time.monotonic() + 60
+        while not pid.exists():
+            assert launched.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        child = psutil.Process(int(pid.read_text()))
+        drawn = (folder / "deepspeed.log.env").read_text()
+        tokens = [Path(f"/dev/shm/lmtrain-{drawn}.{rank}") for rank in range(2)]
+        assert all(path.exists() for path in tokens)
+        launched.send_signal(number)
+        code = launched.wait(30)
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        if number == signal.SIGHUP:
+            assert code == 75
+            assert not any(path.exists() for path in tokens)
+            assert not stop.exists()
+    finally:
+        launched.kill()
+        launched.wait()
+        stop.parent.mkdir(parents=True, exist_ok=True)
+        stop.touch()  # ends the fake where the launch left it
+        for path in tokens:
+            path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("secret", SECRETS)
