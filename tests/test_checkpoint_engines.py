@@ -113,7 +113,9 @@ def test_saved_at_one_stage_and_world_resumed_at_another(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("world", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "muon")])
+@pytest.mark.parametrize(
+    ("world", "optimizer"), [(1, "adamw"), (2, "adamw"), pytest.param(2, "muon", marks=pytest.mark.exhaustive)]
+)
 def test_resumed_from_any_step_it_is_bit_equal(tmp_path: Path, world: int, optimizer: str) -> None:
     """Parameters, moments and losses, at every stage, with dropout, from every step of a short run."""
     matrix = Matrix(tmp_path, optimizer)

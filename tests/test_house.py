@@ -313,22 +313,22 @@ def test_every_dependency_is_pinned_in_its_range() -> None:
         assert requirement.specifier.contains(pins[name]), f"{requirement} but {pins[name]} in constraints.txt"
 
 
-def test_every_import_is_declared() -> None:
+@pytest.mark.parametrize(("files", "extra"), [("lmtrain", "mnist"), ("tests", "test")])
+def test_every_import_is_declared(files: str, extra: str) -> None:
     project = settings()["project"]
     declared = {
         re.sub(r"[-_.]+", "_", Requirement(text).name).lower()
-        for text in project["dependencies"] + project["optional-dependencies"]["mnist"]
+        for text in project["dependencies"] + project["optional-dependencies"][extra]
     }
     modules = {"yaml": "pyyaml", "google_crc32c": "google_crc32c", "sklearn": "scikit_learn", "PIL": "pillow"}
     used = {
         name.split(".")[0]
-        for path in PACKAGE
+        for path in (ROOT / files).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         for name in imported(node)
     }
-    foreign = {
-        name for name in used if name and name not in sys.stdlib_module_names and name not in {"lmtrain", "__future__"}
-    }
+    own = {"lmtrain", "tests", "benchmarks", "__future__"}
+    foreign = {name for name in used if name and name not in sys.stdlib_module_names and name not in own}
     assert {name for name in foreign if modules.get(name, name).lower() not in declared} == set()
 
 

@@ -69,7 +69,7 @@ def assert_same_curve(folder, name):
         assert other[step]["eval/valid/perplexity"] == pytest.approx(row["eval/valid/perplexity"], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.exhaustive), 3])
 def test_the_deepspeed_launcher(place, stage):
     name = f"deepspeed{stage}"
     launcher = [BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "--module", "lmtrain"]

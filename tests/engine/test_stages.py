@@ -133,8 +133,18 @@ def test_zero_1_on_two_ranks(plain: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "world"),
+    [
+        (0, 1),
+        (3, 1),
+        (0, 2),
+        (1, 2),
+        (2, 2),
+        (3, 2),
+        *(pytest.param(s, 1, marks=pytest.mark.exhaustive) for s in (1, 2)),
+    ],
+)
 def test_zero_is_plain(plain: Any, tmp_path: Path, stage: int, world: int) -> None:
     """gpt and rnn without and with accumulation; the other optimizers with it (all of them: `test_every_case`)."""
     others = [case for case in cases(world, list(CASES)[2:]) if case["micro"] == 3]
