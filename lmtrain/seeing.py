@@ -123,7 +123,7 @@ def map_bits(
         raise InputError(f"{corpus.path}: bits a pixel are there for images of symbols, as {folder} does not read")
     if isinstance(opened.model, Draws):
         raise InputError(f"{folder} is a mixture over orderings: it tells an image's bits, and not those of a pixel")
-    label_N = None
+    grid, label_N = pictures.grid_of(corpus), None
     if files:
         x_ND = np.concatenate([_symbols(_read(file, corpus), corpus) for file in files])
     else:
@@ -134,7 +134,7 @@ def map_bits(
     if told_classes(opened.config) and label_N is None:
         raise InputError("the model is told classes, and files have none; give --split instead")
     nats_ND = surprisal(opened.model, x_ND, spec=spec, label_N=label_N)
-    bits_NHW = (nats_ND / LN2).reshape(-1, *pictures.grid_of(corpus)).sum(-1)
+    bits_NHW = (nats_ND / LN2).reshape(-1, *grid).sum(-1)
     top = float(np.quantile(bits_NHW, 0.995)) or 1.0
     pairs = np.stack([pictures.colour(pictures.show(x_ND, corpus)), pictures.heat(bits_NHW, top=top)], axis=1)
     path = out or folder / SAMPLES / f"bits-{'files' if files else split}-step-{opened.saved.step:08d}.png"

@@ -119,16 +119,16 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> bool:
+def die_with_parent(number: signal.Signals = signal.SIGKILL, *, parent: int | None = None) -> bool:
     """Ask the kernel to send this process `number` when the one that started it ends: no rank is left behind.
 
     A launcher that is killed leaves its ranks as orphans, which hold devices and may go on writing into the run's
     folder. Linux only: False elsewhere. (The kernel goes by the thread that started us; launchers do it in their main
-    thread.)
+    thread.) parent: its pid, where that is known: it may have ended before this was called.
     """
     if sys.platform != "linux":
         return False
-    parent = os.getppid()
+    parent = parent or os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number), 0, 0, 0) != 0:
         return False

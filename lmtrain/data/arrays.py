@@ -23,8 +23,8 @@ from lmtrain.errors import CorpusError
 
 _IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _IDX_MOST = 8  # dimensions
-_DAMAGE = (OSError, EOFError, ValueError, OverflowError, MemoryError, NotImplementedError, RuntimeError, zlib.error,
-           zipfile.BadZipFile, csv.Error)  # fmt: skip
+_DAMAGE = (OSError, EOFError, ValueError, OverflowError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile,
+           csv.Error)  # fmt: skip
 """What damage makes readers raise: lengths that are none, kinds of compression that nobody has."""
 _MOST_ROW = 1 << 31
 """Bytes of a record: more than that is a damaged header."""

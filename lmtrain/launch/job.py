@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import IO
 
 from lmtrain.follower import scrub
@@ -25,12 +26,6 @@ class Job:
     """
 
     def __init__(self, command: Command, *, secrets: frozenset[str]) -> None:
-        us = os.getpid()
-
-        def tie() -> None:
-            if die_with_parent() and os.getppid() != us:  # we ended before it could ask
-                os.kill(os.getpid(), signal.SIGKILL)
-
         self._process = subprocess.Popen(
             command.words,
             env=command.environment,
@@ -38,7 +33,7 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=tie,
+            preexec_fn=partial(die_with_parent, parent=os.getpid()),
         )
         pairs = ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr))
         self._relays = [

@@ -20,7 +20,7 @@ _LEAST_DICTIONARY = 4096
 def png_bytes(held: Set) -> np.ndarray | None:
     """float64 [U]: the length of each image as an optimised PNG of 8 bits a channel; None where there are no images."""
     corpus = held.corpus
-    if corpus.grid is None or not 0 < corpus.alphabet <= 256 or corpus.grid[2] not in (1, 3):
+    if not pictures.can_show(corpus) or not 0 < corpus.alphabet <= 256:
         return None
     return np.array([len(images.encode(pictures.show(held.read(n)[None], corpus)[0])) for n in held.numbers_N.tolist()],
                     np.float64)  # fmt: skip
